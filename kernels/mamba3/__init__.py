@@ -1,0 +1,110 @@
+"""The scan of Mamba-3, SISO and MIMO (arXiv 2603.15569): trapezoid, rotated B and C, no convolution."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from nam56r.kernels.checks import FLOATS, Shapes
+from nam56r.kernels.registry import Problem, select
+
+
+class Mamba3State(NamedTuple):
+    """What a sequence leaves behind; n is B, or the number of packed sequences. All fp32 (fp64 for fp64 inputs).
+
+    ssm    [n, H, P, N]  the state S
+    k      [n, H, R, N]  the last k, bias added and rotated
+    v      [n, H, R, P]  the last v: x, or x ⊙ Ψ_r
+    angle  [n, H, N_a]   the last rotation angle in radians, in [0, 2π)
+    """
+
+    ssm: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    angle: torch.Tensor
+
+
+def mamba3_scan(
+    x: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    dt: torch.Tensor,
+    log_decay: torch.Tensor,
+    trap: torch.Tensor,
+    angles: torch.Tensor,
+    B_bias: torch.Tensor,
+    C_bias: torch.Tensor,
+    D: torch.Tensor,
+    z: torch.Tensor | None = None,
+    *,
+    mimo: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    initial_state: Mamba3State | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    kernel: str | None = None,
+) -> tuple[torch.Tensor, Mamba3State]:
+    """Per batch row and head, with λ = sigmoid(trap), α = exp(log_decay), β = (1 − λ) dt α, γ = λ dt:
+
+        θ_t = (θ_{t-1} + π tanh(angle_t) dt_t) mod 2π
+        k_t, q_t = rotate(B_t + B_bias, θ_t), rotate(C_t + C_bias, θ_t)
+        S_t = α_t S_{t-1} + β_t Σ_r v_{t-1,r} k_{t-1,r}ᵀ + γ_t Σ_r v_{t,r} k_{t,r}ᵀ
+        y_{t,r} = S_t q_{t,r} + D v_{t,r}
+
+    SISO (mimo None, R = 1): v = x, and the result is y ⊙ silu(z); rotate turns the pairs (2i, 2i + 1).
+    MIMO (mimo = Ψ, ζ, Φ): v_r = x ⊙ Ψ_r, and the result is Σ_r Φ_r ⊙ y_r ⊙ silu(z ⊙ ζ_r); rotate turns the pairs
+    (i, i + N / 2). Both turn N_a pairs, i < N_a, counterclockwise, and leave the rest. Without z there is no gate.
+
+    x                [B, S, H, P]             bf16, fp16, fp32 or fp64
+    B, C             [B, S, R, G, N]          x's dtype, normalised already; head h reads group h // (H / G)
+    dt, log_decay    [B, H, S]                any of these dtypes; dt after its softplus, log_decay = A dt ≤ 0
+    trap             [B, H, S]                before the sigmoid
+    angles           [B, S, H or 1, N_a]      before the tanh; 1 is shared over heads; N even, N_a ≤ N / 2
+    B_bias, C_bias   [H, R, N]
+    D                [H]
+    z                [B, S, H, P]             x's dtype
+    mimo             Ψ, ζ, Φ, each [H, R, P]
+    initial_state    a Mamba3State, n rows; zero if None. n is B, or the sequences packed
+    cu_seqlens       [n + 1]                  int32, the packed sequences' bounds in S (B is 1); empty ones are allowed
+    kernel           a name from the registry; None takes the first that accepts the problem
+
+    Returns y [B, S, H, P] in x's dtype and the final Mamba3State, with gradients through both.
+    A problem (what a kernel's `refuses` is asked) names psi, zeta and phi, and initial_state by its ssm.
+    Raises ValueError or TypeError, naming the argument, when shapes, dtypes or devices disagree; NoKernel when no
+    kernel takes the problem.
+    """
+    sizes = Shapes("mamba3_scan")
+    sizes.bind("x", x, "B S H P", FLOATS)
+    sizes.bind("B", B, "B S R G N", (x.dtype,))
+    sizes.bind("C", C, "B S R G N", (x.dtype,))
+    sizes.divides("G", "H")
+    for name, tensor in {"dt": dt, "log_decay": log_decay, "trap": trap}.items():
+        sizes.bind(name, tensor, "B H S", FLOATS)
+    shared = isinstance(angles, torch.Tensor) and angles.ndim == 4 and angles.shape[2] == 1
+    sizes.bind("angles", angles, "B S 1 N_a" if shared else "B S H N_a", FLOATS)
+    if sizes["N"] % 2 or 2 * sizes["N_a"] > sizes["N"]:
+        raise ValueError(
+            f"mamba3_scan: angles turn N_a = {sizes['N_a']} pairs of N = {sizes['N']}, but N must be even and "
+            f"N_a at most N / 2"
+        )
+    sizes.bind("B_bias", B_bias, "H R N", FLOATS)
+    sizes.bind("C_bias", C_bias, "H R N", FLOATS)
+    sizes.bind("D", D, "H", FLOATS)
+    sizes.bind("z", z, "B S H P", (x.dtype,), optional=True)
+    if mimo is None and sizes["R"] != 1:
+        raise ValueError(f"mamba3_scan: mimo is None, but must be (psi, zeta, phi) when B has R = {sizes['R']}")
+    if mimo is not None and not (isinstance(mimo, tuple) and len(mimo) == 3):
+        raise TypeError("mamba3_scan: mimo must be a tuple (psi, zeta, phi), each [H R P], or None")
+    psi, zeta, phi = mimo or (None, None, None)
+    for name, tensor in {"psi": psi, "zeta": zeta, "phi": phi}.items():
+        sizes.bind(f"mimo's {name}", tensor, "H R P", FLOATS, optional=mimo is None)
+    rows = sizes.packed(cu_seqlens)
+    if initial_state is not None:
+        if not isinstance(initial_state, Mamba3State):
+            raise TypeError(f"mamba3_scan: initial_state is {type(initial_state).__name__}, but must be a Mamba3State")
+        for name, shape in {"ssm": "H P N", "k": "H R N", "v": "H R P", "angle": "H N_a"}.items():
+            sizes.bind(f"initial_state.{name}", getattr(initial_state, name), f"{rows} {shape}", FLOATS)
+    arguments = {"x": x, "B": B, "C": C, "dt": dt, "log_decay": log_decay, "trap": trap, "angles": angles}
+    arguments |= {"B_bias": B_bias, "C_bias": C_bias, "D": D, "z": z, "cu_seqlens": cu_seqlens}
+    ssm = initial_state and initial_state.ssm
+    problem = Problem.of("mamba3_scan", **arguments, psi=psi, zeta=zeta, phi=phi, initial_state=ssm)
+    return select(problem, kernel).run(**arguments, mimo=mimo, initial_state=initial_state)
