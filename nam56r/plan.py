@@ -1,0 +1,216 @@
+"""The plan: which kernel runs every operator of every slot, decided once, before anything is built.
+
+`make_plan` gives a complete plan or raises `PlanRefused` with every refusal at once. A module is built from its slot's
+choice; nothing decides again at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from nam56r import flops
+from nam56r.features import global_features
+from nam56r.kernels.registry import Device, NoKernel, Problem, Spec, candidates, select
+from nam56r.problems import Workload
+from nam56r.recipe import Recipe, Role
+from nam56r.translate import Refusal, translate
+
+MEGATRON = "megatron"  # the vocabulary-parallel cross entropy, which isn't ours
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Part(_Frozen):
+    """What runs in one part of the model: kernels and shapes by operator, FLOPs a token ("forward", "backward").
+
+    reasons has, by operator, why its kernel: what those before it lack, or that it was asked for.
+    """
+
+    kernels: dict[str, str]
+    reasons: dict[str, str] = {}
+    shapes: dict[str, dict[str, tuple[int, ...]]]
+    flops_per_token: dict[str, float]
+
+
+class Slot(Part):
+    """One layer. seams has its symbol where Megatron needs custom code for it."""
+
+    layer: int
+    symbol: str
+    role: Role
+    seams: tuple[str, ...]
+    features: tuple[str, ...]
+
+
+class Plan(_Frozen):
+    """A recipe on a device. mtp has one part for each prediction depth, its pass through the head included."""
+
+    recipe: str
+    device: str
+    dtype: str
+    micro_batch: int
+    tensor_parallel: int
+    accepted: bool
+    counts: dict[str, int]
+    native_pattern: str
+    features: tuple[str, ...]
+    flops_per_token: dict[str, float]
+    slots: tuple[Slot, ...]
+    mtp: tuple[Part, ...]
+    head: Part
+    notes: tuple[str, ...]
+    refusals: tuple[Refusal, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data, for `json.dumps`."""
+        return self.model_dump(mode="json")
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read what `save` wrote. Raises ValueError when it is no plan."""
+        try:
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise ValueError(f"{path} is no plan: {where}: {first['msg']}") from None
+
+
+class PlanRefused(ValueError):
+    """A plan with slots that nothing can run; `plan` has what was chosen and `refusals` everything that wasn't."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.refusals = plan, plan.refusals
+        where: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        for refusal in plan.refusals:
+            where.setdefault((refusal.operator, refusal.reasons), []).append(str(refusal.layer))
+        lines = [f"  {operator} at {', '.join(at)}: {'; '.join(why)}" for (operator, why), at in where.items()]
+        super().__init__("\n".join([f"{plan.recipe} on {plan.device} is refused:", *lines]))
+
+
+def make_plan(
+    recipe: Recipe,
+    device: Device,
+    *,
+    kernels: Mapping[str, str] = {},
+    micro_batch: int = 1,
+    tensor_parallel: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Plan:
+    """Choose a kernel for every operator of every slot, of each MTP depth and of the head.
+
+    device           from `registry.DEVICES` or `Device.of`; it need not be present
+    kernels          operator -> the name of the kernel that must run it, such as {"m2rnn": "reference"}
+    micro_batch      sequences of recipe.seq_length in one pass
+    tensor_parallel  ranks that heads and the vocabulary are split over
+    dtype            of activations and linears
+    Raises PlanRefused with all refusals, ValueError for an operator or a kernel that doesn't exist.
+    """
+    for name, value in (("micro_batch", micro_batch), ("tensor_parallel", tensor_parallel)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}, but must be a whole number from 1")
+    for operator, name in kernels.items():
+        known = [kernel.name for kernel in candidates(operator)]
+        if name not in known:
+            raise ValueError(f"{operator} has no kernel {name!r}: one of {', '.join(known)}")
+
+    translation = translate(recipe)
+    chooser = _Chooser(Workload(recipe, micro_batch, tensor_parallel, dtype), device, dict(kernels))
+    slots = []
+    for slot in translation.slots:
+        part = chooser.part(slot.role, slot.layer, flops.layer(recipe, slot.layer))
+        slots.append(
+            Slot(
+                layer=slot.layer,
+                symbol=slot.symbol,
+                role=slot.role,
+                seams=slot.seams,
+                features=slot.features,
+                **dict(part),
+            )
+        )
+    depths = range(1, recipe.mtp.num_depths + 1)
+    mtp = tuple(chooser.part("mtp", f"mtp {depth}", flops.mtp(recipe)) for depth in depths)
+    head = chooser.part("head", "head", flops.head(recipe))
+    notes = list(translation.custom_notes)
+    if tensor_parallel > 1:
+        notes.append("linear_cross_entropy: the vocabulary is split, so Megatron's vocabulary-parallel loss runs")
+        if "R" in recipe.layers.layers:
+            notes.append("R is replicated on every tensor-parallel rank")
+    refusals = (*translation.refusals, *chooser.refusals)
+    plan = Plan(
+        recipe=recipe.name,
+        device=device.name,
+        dtype=str(dtype).removeprefix("torch."),
+        micro_batch=micro_batch,
+        tensor_parallel=tensor_parallel,
+        accepted=not refusals,
+        counts=translation.counts,
+        native_pattern=translation.native_pattern,
+        features=global_features(recipe),
+        flops_per_token=vars(flops.model(recipe)),
+        slots=tuple(slots),
+        mtp=mtp,
+        head=head,
+        notes=tuple(notes),
+        refusals=refusals,
+    )
+    if refusals:
+        raise PlanRefused(plan)
+    return plan
+
+
+class _Chooser:
+    """Asks the registry part by part and keeps every refusal."""
+
+    def __init__(self, work: Workload, device: Device, names: dict[str, str]):
+        self.work, self.device, self.names = work, device, names
+        self.refusals: list[Refusal] = []
+
+    def part(self, role: str, layer: int | str, counted: flops.Flops) -> Part:
+        faults: dict[str, list[str]] = {}
+        for operator, reason in self.work.indivisible(role):
+            faults.setdefault(operator, []).append(reason)
+        indexer = layer in self.work.recipe.indexer_layers
+        asked = self.work.operators(role, indexer=indexer)
+        chosen, why_chosen = {}, {}
+        for operator, arguments in asked.items():
+            if operator in faults:
+                continue
+            if operator == "linear_cross_entropy" and self.work.tensor_parallel > 1:
+                chosen[operator], why_chosen[operator] = MEGATRON, "the vocabulary is split over ranks"
+                continue
+            try:
+                problem = Problem.of(operator, self.device, **arguments)
+                chosen[operator] = select(problem, self.names.get(operator)).name
+                why_chosen[operator] = _why(problem, chosen[operator], asked_for=operator in self.names)
+            except NoKernel as none:
+                faults[operator] = [f"{name}: {', '.join(why)}" for name, why in none.reasons.items()]
+        for operator, reasons in faults.items():
+            self.refusals.append(Refusal(layer=layer, operator=operator, reasons=tuple(reasons)))
+        shapes = {
+            operator: {name: value.shape for name, value in arguments.items() if isinstance(value, Spec)}
+            for operator, arguments in asked.items()
+        }
+        return Part(kernels=chosen, reasons=why_chosen, shapes=shapes, flops_per_token=vars(counted))
+
+
+def _why(problem: Problem, chosen: str, *, asked_for: bool) -> str:
+    """Why the chosen kernel: asked for by name, or what each one before it lacks."""
+    if asked_for:
+        return "asked for by name"
+    kernels = candidates(problem.operator)
+    before = takewhile(lambda kernel: kernel.name != chosen, kernels)
+    lacking = [f"{kernel.name}: {', '.join(kernel.reasons(problem, by_name=False))}" for kernel in before]
+    return "; ".join(lacking) or ("first choice" if len(kernels) > 1 else "the only kernel so far")

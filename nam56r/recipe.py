@@ -1,0 +1,315 @@
+"""Recipes: what a model is, apart from how and where it is trained.
+
+A recipe is frozen and checked as a whole when it is made; `PRESETS` has those that are named. It is plain data: it
+loads from and saves to YAML, and `with_overrides` changes it by dotted keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from nam56r.pattern import Pattern, parse
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+Index = Annotated[int, Field(strict=True, ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Coefficient = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Role = Literal["mla", "dsa", "moe", "mamba3", "mamba2", "m2rnn"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class MLA(_Frozen):
+    """Multi-head latent attention of every A slot (and of each MTP depth)."""
+
+    num_heads: Count = 32
+    q_lora_rank: Count = 64
+    kv_lora_rank: Count = 64
+    qk_nope_head_dim: Count = 64
+    qk_rope_head_dim: Count = 64
+    v_head_dim: Count = 64
+    rope_theta: Positive = 500_000.0
+
+
+class DSA(_Frozen):
+    """DeepSeek sparse attention on the A slots of the given ranks (0-based among A slots).
+
+    Of the sparse slots, in order, every share_every-th computes indices; those between use the last ones and have
+    no indexer of their own.
+    """
+
+    ranks: tuple[Index, ...] = ()
+    index_num_heads: Count = 32
+    index_head_dim: Count = 64
+    top_k: Count = 256
+    loss_coeff: Coefficient = 0.01
+    share_every: Count = 1
+
+
+class Mamba(_Frozen):
+    """The M slots. mimo_rank 1 is SISO; Mamba-2 has no MIMO and doesn't read it."""
+
+    kind: Literal["mamba3", "mamba2"] = "mamba3"
+    headdim: Count = 64
+    expand: Count = 2
+    d_state: Count = 128
+    ngroups: Count = 8
+    mimo_rank: Count = 4
+
+
+class MoE(_Frozen):
+    """The E slots: sigmoid scores with an expert bias, routed experts with relu², a shared SwiGLU expert."""
+
+    num_experts: Count = 16
+    top_k: Count = 4
+    ffn_hidden_size: Count = 896
+    shared_ffn_hidden_size: Count = 1024
+    aux_loss_coeff: Coefficient = 1e-4
+
+
+class M2RNN(_Frozen):
+    """The R slots: q and k have one head each, v, f, g and W have num_heads."""
+
+    k_head_dim: Count = 64
+    v_head_dim: Count = 16
+    num_heads: Count = 51
+    conv_width: Annotated[int, Field(strict=True, ge=2, le=4)] = 4
+
+
+class MTP(_Frozen):
+    """Multi-token prediction; each depth is one dense MLA and one dense SwiGLU block."""
+
+    num_depths: Index = 2
+    loss_coeff: Coefficient = 0.1
+
+
+class Recipe(_Frozen):
+    """One model. `pattern` is tiled to `depth`.
+
+    features places what isn't implied by the rest: feature name -> 1-based layer numbers (none for a global one).
+    Raises ValueError of one line that names every key at fault, its value, the rule and the remedy.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    pattern: str = "AEMEAEMEAEMR"
+    depth: Count = 52
+    hidden_size: Count = 4096
+    ffn_hidden_size: Count = 21504
+    vocab_size: Annotated[int, Field(strict=True, ge=2)] = 131_072
+    seq_length: Count = 4096
+    norm_eps: Positive = 1e-5
+    init_std: Positive = 0.02
+    mla: MLA = MLA()
+    dsa: DSA = DSA()
+    mamba: Mamba = Mamba()
+    moe: MoE = MoE()
+    m2rnn: M2RNN = M2RNN()
+    mtp: MTP = MTP()
+    features: dict[str, tuple[int, ...]] = {}
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(f"recipe {values.get('name', 'without a name')}: {_one_line(error)}") from None
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        problems = list(_problems(self))
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def layers(self) -> Pattern:
+        """The pattern tiled to the depth."""
+        return parse(self.pattern).tile(self.depth)
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Numbers of the A layers with DSA."""
+        attention = self.layers.numbers("A")
+        return tuple(attention[rank] for rank in self.dsa.ranks)
+
+    @property
+    def indexer_layers(self) -> tuple[int, ...]:
+        """Numbers of the sparse layers that compute indices; the others share the last ones."""
+        return self.sparse_layers[:: self.dsa.share_every]
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """What each layer is, in order."""
+        sparse = set(self.sparse_layers)
+        plain = {"A": "mla", "E": "moe", "M": self.mamba.kind, "R": "m2rnn"}
+        return tuple("dsa" if n in sparse else plain[s] for n, s in enumerate(self.layers.layers, 1))
+
+    @property
+    def mamba_heads(self) -> int:
+        """Heads of an M slot: expand · hidden / headdim."""
+        return self.mamba.expand * self.hidden_size // self.mamba.headdim
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> Recipe:
+        """A preset by name, or a YAML file by path. Raises ValueError of one line."""
+        if str(name_or_path) in PRESETS:
+            return PRESETS[str(name_or_path)]
+        path = Path(name_or_path)
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            known = ", ".join(PRESETS)
+            message = f"unknown recipe {str(name_or_path)!r}: no such file, and the presets are {known}"
+            raise ValueError(message) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"recipe {path} can't be read: {error}") from None
+        except yaml.YAMLError as error:
+            raise ValueError(f"recipe {path} is no YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+            raise ValueError(f"recipe {path} must be a YAML mapping of the keys {', '.join(cls.model_fields)}")
+        return cls(**values)
+
+    def save(self, path: str | Path) -> None:
+        """Write every value as YAML; `load` gives an equal recipe."""
+        style = {"sort_keys": False, "allow_unicode": True}
+        Path(path).write_text(yaml.safe_dump(self.model_dump(mode="json"), **style), encoding="utf-8")
+
+    def with_overrides(self, settings: Iterable[str]) -> Recipe:
+        """A recipe with "dotted.key=value" settings applied, values read as YAML ("dsa.ranks=[1, 2]").
+
+        Raises ValueError of one line; an unknown key is answered with the nearest one.
+        """
+        values = self.model_dump()
+        for setting in settings:
+            key, equals, text = setting.partition("=")
+            key = key.strip()
+            if not equals:
+                raise ValueError(f"--set {setting}: must be key=value, such as mla.kv_lora_rank=32")
+            try:
+                value = yaml.safe_load(text)
+            except yaml.YAMLError:
+                raise ValueError(f"--set {setting}: the value is no YAML") from None
+            *sections, last = key.split(".")
+            target: Any = values
+            for section in sections:
+                target = target.get(section) if isinstance(target, dict) else None
+            if not isinstance(target, dict) or (last not in target and sections != ["features"]):
+                raise ValueError(f"--set {setting}: {_unknown(key)}")
+            if isinstance(target[last] if last in target else None, dict) and last != "features":
+                keys = ", ".join(f"{key}.{name}" for name in target[last])
+                raise ValueError(f"--set {setting}: {key} is a section: set one of {keys}")
+            target[last] = value
+        return Recipe(**values)
+
+    def differences(self, other: Recipe) -> tuple[str, ...]:
+        """What differs, key by key: "mla.kv_lora_rank: 64 here, 32 there"."""
+        here, there = _flat(self.model_dump()), _flat(other.model_dump())
+        keys = dict.fromkeys((*here, *there))
+        return tuple(f"{k}: {here.get(k)} here, {there.get(k)} there" for k in keys if here.get(k) != there.get(k))
+
+
+def _problems(recipe: Recipe) -> Iterator[str]:
+    """Every rule over more than one field that a recipe breaks."""
+    r, mla, dsa, mamba, moe, mtp = recipe, recipe.mla, recipe.dsa, recipe.mamba, recipe.moe, recipe.mtp
+    try:
+        pattern = r.layers
+    except ValueError as error:
+        yield f"pattern: {error}"
+        return
+    if pattern.mtp_depths and (pattern.mtp, pattern.mtp_depths) != ("+-", mtp.num_depths):
+        wanted = "/+-" * mtp.num_depths or "no suffix"
+        yield (
+            f"pattern = {r.pattern}: its MTP suffix must be {wanted} for mtp.num_depths = {mtp.num_depths}: "
+            "change one of the two, or leave the suffix out"
+        )
+    if mla.qk_rope_head_dim % 2:
+        yield f"mla.qk_rope_head_dim = {mla.qk_rope_head_dim}, but rotation takes pairs: make it even"
+    attention = pattern.counts["A"]
+    if list(dsa.ranks) != sorted(set(dsa.ranks)):
+        yield f"dsa.ranks = {list(dsa.ranks)}, but must rise without repeats: write {sorted(set(dsa.ranks))}"
+    if dsa.ranks and max(dsa.ranks) >= attention:
+        ranks = f"only 0 to {attention - 1} can be sparse" if attention else "none can be sparse"
+        yield f"dsa.ranks = {list(dsa.ranks)}, but the pattern has {attention} A slots: {ranks}"
+    if dsa.ranks and dsa.index_head_dim < mla.qk_rope_head_dim:
+        yield (
+            f"dsa.index_head_dim = {dsa.index_head_dim}, but its first mla.qk_rope_head_dim = {mla.qk_rope_head_dim} "
+            "are rotated: make it at least that"
+        )
+    inner = mamba.expand * r.hidden_size
+    if inner % mamba.headdim:
+        yield (
+            f"mamba.headdim = {mamba.headdim}, but must divide mamba.expand · hidden_size = {inner}: "
+            "change one of the three"
+        )
+    elif r.mamba_heads % mamba.ngroups:
+        yield f"mamba.ngroups = {mamba.ngroups}, but must divide the {r.mamba_heads} heads: choose a divisor"
+    if mamba.kind == "mamba3" and mamba.d_state % 4:
+        yield f"mamba.d_state = {mamba.d_state}, but a quarter of it are angles: make it a multiple of 4"
+    if moe.top_k > moe.num_experts:
+        yield f"moe.top_k = {moe.top_k}, but there are moe.num_experts = {moe.num_experts}: top_k can't be more"
+    if mtp.num_depths >= r.seq_length:
+        yield f"mtp.num_depths = {mtp.num_depths}, but must be less than seq_length = {r.seq_length}"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _unknown(key: str) -> str:
+    keys = list(_flat(Recipe(name="keys").model_dump()))
+    near = difflib.get_close_matches(key, keys, 1, 0.0) or keys
+    return f"unknown key {key}: the nearest is {near[0]}"
+
+
+def _one_line(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(map(str, item["loc"]))
+        message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        if item["type"] == "extra_forbidden":
+            lines.append(_unknown(key))
+        elif item["type"] == "missing":
+            lines.append(f"{key} is missing")
+        else:
+            lines.append(f"{key} = {item['input']!r}: {message}" if key else message)
+    return "; ".join(lines)
+
+
+_NAM56R = Recipe(name="nam56r", dsa=DSA(ranks=(1, 2, 3, 5, 6, 7, 9, 10, 11)))
+_NAM56R_3584 = Recipe(
+    name="nam56r-3584",
+    hidden_size=3584,
+    ffn_hidden_size=18944,
+    vocab_size=65_536,
+    mla=MLA(num_heads=28),
+    dsa=_NAM56R.dsa,
+    m2rnn=M2RNN(num_heads=44),
+    mtp=MTP(num_depths=1),
+)
+_QUARTER = Recipe(name="nam56r-quarter", depth=13, dsa=DSA(ranks=(1, 2, 3)), mtp=MTP(num_depths=1))
+# One whole period; the vocabulary is that of Megatron's byte-level tokenizer.
+_TINY = Recipe(
+    name="nam56r-tiny",
+    depth=12,
+    hidden_size=256,
+    ffn_hidden_size=512,
+    vocab_size=512,
+    seq_length=256,
+    mla=MLA(num_heads=4, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32),
+    dsa=DSA(ranks=(1,), index_num_heads=4, index_head_dim=32, top_k=64),
+    mamba=Mamba(d_state=32, ngroups=2, mimo_rank=2),
+    moe=MoE(num_experts=4, top_k=2, ffn_hidden_size=256, shared_ffn_hidden_size=256),
+    m2rnn=M2RNN(k_head_dim=32, num_heads=3),
+    mtp=MTP(num_depths=1),
+)
+PRESETS = {recipe.name: recipe for recipe in (_NAM56R, _NAM56R_3584, _QUARTER, _TINY)}

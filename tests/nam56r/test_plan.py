@@ -1,0 +1,208 @@
+"""The plan: complete or refused with everything at once, and asking kernels what the operators will ask them."""
+
+import importlib
+import inspect
+import json
+
+import pytest
+import torch
+
+from nam56r import flops
+from nam56r.kernels import registry
+from nam56r.kernels.registry import DEVICES, FAMILY, Device, Kernel, Problem, Spec, candidates
+from nam56r.plan import Plan, PlanRefused, make_plan
+from nam56r.problems import Workload
+from nam56r.recipe import PRESETS, Recipe
+
+TINY, NAM56R, H200 = PRESETS["nam56r-tiny"], PRESETS["nam56r"], DEVICES["h200"]
+OPERATORS = {
+    "mla": {"rms_norm", "mla_attention"},
+    "dsa": {"rms_norm", "index_top_k", "sparse_latent_attention", "indexer_kl_loss"},
+    "moe": {"rms_norm", "moe_experts"},
+    "mamba3": {"rms_norm", "mamba3_scan"},
+    "m2rnn": {"rms_norm", "causal_conv1d", "m2rnn"},
+    "mtp": {"rms_norm", "mla_attention", "linear_cross_entropy"},
+    "head": {"rms_norm", "linear_cross_entropy"},
+}
+
+
+def refused(*arguments, **options):
+    with pytest.raises(PlanRefused) as caught:
+        make_plan(*arguments, **options)
+    assert not caught.value.plan.accepted
+    assert caught.value.refusals == caught.value.plan.refusals
+    return caught.value
+
+
+def test_tiny_is_accepted_on_a_cpu():
+    plan = make_plan(TINY, DEVICES["cpu"], dtype=torch.float32)
+    assert plan.accepted and plan.refusals == ()
+    assert plan.counts == {"A": 3, "E": 5, "M": 3, "R": 1}
+    assert [slot.layer for slot in plan.slots] == list(range(1, 13))
+    for slot in plan.slots:
+        assert set(slot.kernels) == set(slot.shapes) == OPERATORS[slot.role]
+        assert slot.seams == ((slot.symbol,) if slot.symbol in "MR" else ())
+    assert len(plan.mtp) == 1 and set(plan.mtp[0].kernels) == OPERATORS["mtp"]
+    assert set(plan.head.kernels) == OPERATORS["head"]
+    assert plan.slots[4].features == ("mla", "dsa") and plan.features == ("mtp",)
+    assert len(plan.notes) == 2
+
+
+def test_slots_that_only_references_can_run_are_refused_on_a_gpu():
+    """Today's plan of the production recipe; a slot leaves this list when its operators have fast kernels."""
+    plan = refused(NAM56R, H200).plan
+    by_role = {}
+    for slot in plan.slots:
+        by_role.setdefault(slot.role, set()).add(slot.layer)
+    assert {role: len(layers) for role, layers in by_role.items()} == {
+        "mla": 4, "dsa": 9, "moe": 22, "mamba3": 13, "m2rnn": 4,
+    }  # fmt: skip
+    reasons = {(r.layer, r.operator): r.reasons for r in plan.refusals}
+    lacking = {operator for operator in FAMILY if all(kernel.role == "development" for kernel in candidates(operator))}
+    for slot in plan.slots:
+        for operator in OPERATORS[slot.role]:
+            if operator in lacking:
+                assert operator not in slot.kernels
+                assert "development kernel" in " ".join(reasons[slot.layer, operator])
+            elif operator != "causal_conv1d":  # whether it runs depends on the extension
+                assert slot.kernels[operator] not in ("reference", None)
+    assert not {layer for layer, _ in reasons} & (by_role["mla"] | by_role["moe"] | {"head", "mtp 1", "mtp 2"})
+
+
+def test_references_run_on_a_gpu_when_asked_for_by_name():
+    operators = "index_top_k sparse_latent_attention indexer_kl_loss mamba3_scan causal_conv1d m2rnn".split()
+    plan = make_plan(NAM56R, H200, kernels=dict.fromkeys(operators, "reference"))
+    assert plan.accepted
+    assert plan.slots[11].kernels["m2rnn"] == "reference"
+    assert plan.slots[11].reasons["m2rnn"] == "asked for by name"
+    assert all(set(part.reasons) == set(part.kernels) for part in (*plan.slots, *plan.mtp, plan.head))
+    assert plan.slots[0].kernels["mla_attention"] == "torch"
+
+
+def test_all_refusals_come_at_once_and_say_why(monkeypatch):
+    def never(problem):
+        return (f"no kernel for {problem['x'].shape}",)
+
+    support = importlib.import_module("nam56r.kernels.norm.support")
+    monkeypatch.setattr(support, "KERNELS", (Kernel("rms_norm", "torch", print, never),))
+    registry.select.cache_clear()
+    error = refused(TINY.with_overrides(["features.engram=[2]"]), DEVICES["cpu"], dtype=torch.float32)
+    registry.select.cache_clear()
+    where = [refusal.layer for refusal in error.refusals]
+    assert where == ["model", 2, *range(1, 13), "mtp 1", "head"]
+    assert error.refusals[-1].reasons == ("torch: no kernel for (1, 256, 256)",)
+    assert "engram at model" in str(error) and "rms_norm at 1, 2, 3" in str(error)
+    assert all("rms_norm" not in slot.kernels and slot.shapes["rms_norm"] for slot in error.plan.slots)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "message"),
+    [
+        ({"m2rn": "reference"}, "unknown operator 'm2rn': one of .*m2rnn"),
+        ({"m2rnn": "refrence"}, "m2rnn has no kernel 'refrence': one of .*reference"),
+    ],
+)
+def test_names_what_exists(kernels, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        make_plan(TINY, DEVICES["cpu"], kernels=kernels)
+    assert not isinstance(caught.value, PlanRefused)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"micro_batch": 0}, {"tensor_parallel": -1}, {"micro_batch": 1.5}, {"micro_batch": True}]
+)
+def test_refuses_sizes(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} is .*whole number from 1"):
+        make_plan(TINY, DEVICES["cpu"], **bad)
+
+
+def test_tensor_parallelism_splits_and_says_what_does_not_divide():
+    plan = make_plan(TINY, DEVICES["cpu"], tensor_parallel=2, micro_batch=3, dtype=torch.float32)
+    assert plan.slots[0].shapes["mla_attention"]["q"] == (3, 256, 2, 64)
+    assert plan.slots[2].shapes["mamba3_scan"]["B"] == (3, 256, 2, 1, 32)
+    assert plan.slots[4].shapes["index_top_k"]["q"] == (3, 256, 4, 32)
+    assert plan.slots[11].shapes["m2rnn"]["v"] == (3, 256, 3, 16)
+    assert plan.head.kernels["linear_cross_entropy"] == plan.mtp[0].kernels["linear_cross_entropy"] == "megatron"
+    assert any("vocabulary" in note for note in plan.notes) and any("replicated" in note for note in plan.notes)
+
+    error = refused(TINY, DEVICES["cpu"], tensor_parallel=3, dtype=torch.float32)
+    reasons = {(r.layer, r.operator): " ".join(r.reasons) for r in error.refusals}
+    assert "mla.num_heads = 4 doesn't divide by tensor_parallel = 3" in reasons[1, "mla_attention"]
+    assert "mamba.ngroups = 2" in reasons[3, "mamba3_scan"]
+    assert "vocab_size = 512" in reasons["head", "linear_cross_entropy"]
+    assert not any(layer == 12 for layer, _ in reasons)
+
+
+def test_json_is_the_plan(tmp_path):
+    plan = refused(NAM56R, H200, micro_batch=2).plan
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    shown = json.loads(json.dumps(plan.to_json()))
+    assert shown == json.loads((tmp_path / "plan.json").read_text())
+    assert (shown["recipe"], shown["device"], shown["accepted"]) == ("nam56r", "h200", False)
+    assert shown["counts"] == {"A": 13, "E": 22, "M": 13, "R": 4}
+    assert len(shown["slots"]) == 52
+    assert set(shown["refusals"][0]) == {"layer", "operator", "reasons"}
+    assert {"layer", "symbol", "role", "kernels", "seams", "flops_per_token"} <= set(shown["slots"][0])
+    (tmp_path / "plan.json").write_text('{"recipe": 1}')
+    with pytest.raises(ValueError, match="is no plan: recipe: "):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_flops_of_the_parts_are_the_models():
+    plan = make_plan(TINY, DEVICES["cpu"], dtype=torch.float32)
+    for way in ("forward", "backward"):
+        parts = [part.flops_per_token[way] for part in (*plan.slots, *plan.mtp, plan.head)]
+        assert sum(parts) == pytest.approx(plan.flops_per_token[way]) == getattr(flops.model(TINY), way)
+
+
+def test_index_sharing_and_no_loss_leave_operators_out():
+    recipe = Recipe.load("nam56r-tiny").with_overrides(
+        ["pattern=A", "depth=4", "dsa.ranks=[0,1,2]", "dsa.share_every=2"]
+    )
+    plan = make_plan(recipe, DEVICES["cpu"], dtype=torch.float32)
+    assert ["index_top_k" in slot.kernels for slot in plan.slots] == [True, False, True, False]
+    assert [slot.role for slot in plan.slots] == ["dsa", "dsa", "dsa", "mla"]
+    still = make_plan(recipe.with_overrides(["dsa.loss_coeff=0"]), DEVICES["cpu"], dtype=torch.float32)
+    assert "indexer_kl_loss" not in still.slots[0].kernels and "index_top_k" in still.slots[0].kernels
+
+
+def tensor(spec, name):
+    if name == "indices":
+        return torch.full(spec.shape, -1, dtype=spec.dtype)
+    if not spec.dtype.is_floating_point:
+        return torch.zeros(spec.shape, dtype=spec.dtype)
+    return torch.rand(spec.shape, dtype=spec.dtype)
+
+
+@pytest.mark.parametrize(
+    "settings", [(), ("mamba.mimo_rank=1",), ("mamba.kind=mamba2",)], ids=["mimo", "siso", "mamba2"]
+)
+def test_problems_are_those_that_the_operators_pose(settings, monkeypatch):
+    """Each public operator, called with tensors of the planned shapes, must ask the registry what the plan asked."""
+    small = "depth=12 hidden_size=64 seq_length=8 vocab_size=16 dsa.top_k=4 m2rnn.k_head_dim=8 mamba.d_state=8".split()
+    recipe = TINY.with_overrides([*small, "moe.ffn_hidden_size=8", *settings])
+    work = Workload(recipe, 2, 1, torch.float32)
+    posed = []
+    make = Problem.of.__func__
+
+    def of(cls, operator, /, device=None, **arguments):
+        posed.append(make(cls, operator, device, **arguments))
+        return posed[-1]
+
+    monkeypatch.setattr(Problem, "of", classmethod(of))
+    roles = {*recipe.roles, "mtp", "head"}
+    seen = set()
+    for role in roles:
+        for operator, arguments in work.operators(role).items():
+            run = getattr(importlib.import_module(f"nam56r.kernels.{FAMILY[operator]}"), operator)
+            values = {n: tensor(v, n) if isinstance(v, Spec) else v for n, v in arguments.items()}
+            if values.get("psi") is not None:
+                values["mimo"] = (values["psi"], values["zeta"], values["phi"])
+            values |= {"eps": 1e-5, "scale": 0.1}
+            posed.clear()
+            run(**{name: values[name] for name in inspect.signature(run).parameters if name in values})
+            planned = make(Problem, operator, Device.of("cpu"), **arguments)
+            assert dict(posed[0].arguments) == dict(planned.arguments), operator
+            seen.add(operator)
+    assert len(seen) >= 9
