@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -166,7 +167,8 @@ def candidates(operator: str) -> tuple[Kernel, ...]:
     """Every kernel of an operator, best first."""
     if operator not in FAMILY:
         raise ValueError(f"unknown operator {operator!r}: one of {', '.join(sorted(FAMILY))}")
-    support = importlib.import_module(f"nam56r.kernels.{FAMILY[operator]}.support")
+    module = f"nam56r.kernels.{FAMILY[operator]}.support"
+    support = sys.modules.get(module) or importlib.import_module(module)  # torch.compile can't trace an import
     return (*(k for k in support.KERNELS if k.operator == operator), *_extra.get(operator, ()))
 
 

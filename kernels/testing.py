@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,8 +47,7 @@ def outputs_and_gradients(run: Callable[..., Any], inputs: Mapping[str, Any], dt
         return outputs, {}
     generator = torch.Generator().manual_seed(seed)
     weighted = [
-        (t, torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype))
-        for t in outputs
+        (t, torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype)) for t in outputs
     ]
     weighted = [(t, w) for t, w in weighted if t.requires_grad]
     gradients = torch.autograd.grad([t for t, _ in weighted], leaves, [w for _, w in weighted], allow_unused=True)
@@ -66,35 +65,55 @@ def error(value: torch.Tensor, exact: torch.Tensor) -> float:
     return ((value - exact).norm() / (scale or 1.0)).item() if value.numel() else 0.0
 
 
+def _square(value: torch.Tensor, exact: torch.Tensor) -> float:
+    """‖value − exact‖² in float64; inf for NaN or Inf."""
+    value, exact = value.detach().double(), exact.detach().to(value.device).double()
+    if value.shape != exact.shape:
+        raise AssertionError(f"shape {list(value.shape)}, but the definition gives {list(exact.shape)}")
+    if not torch.isfinite(value).all():
+        return float("inf")
+    return (value - exact).square().sum().item()
+
+
 def agree(
     run: Callable[..., Any],
     definition: Callable[..., Any],
-    inputs: Mapping[str, Any],
+    inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     *,
     factor: float = 2.0,
     same_dtype: Callable[..., Any] | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Assert that run(**inputs) is as near to the float64 definition as PyTorch is in the inputs' dtype.
 
-    For every output and gradient: error(run) <= factor * error(same_dtype or definition, in the inputs' dtype), and
-    never asked to be below one rounding of the result's own dtype. Gives {name: (error, allowed)}.
+    For every output and gradient, with errors relative to the definition's norm: error(run) <= factor *
+    error(same_dtype or definition, in the inputs' dtype), and never asked to be below one rounding of the result's own
+    dtype. Several inputs are judged as one, by the root of their summed squares: where a result has a few elements, one
+    draw's rounding says little. Gives {name: (error, allowed)}.
     """
-    exact, exact_gradients = outputs_and_gradients(definition, inputs, torch.float64)
-    plain, plain_gradients = outputs_and_gradients(same_dtype or definition, inputs, None)
-    ours, our_gradients = outputs_and_gradients(run, inputs, None)
-    assert len(ours) == len(exact), f"{len(ours)} outputs, but the definition gives {len(exact)}"
-    triples = {f"output {i}": t for i, t in enumerate(zip(ours, plain, exact))}
-    for name, gradient in exact_gradients.items():
-        mine, theirs = our_gradients[name], plain_gradients[name]
-        if gradient is None or mine is None:
-            zero = all(g is None or not g.abs().max().item() for g in (gradient, mine))
-            assert zero, f"gradient {name}: one of {{ours, the definition's}} is missing"
-            continue
-        triples[f"gradient {name}"] = (mine, theirs, gradient)
+    squares: dict[str, list[float]] = {}  # name: ours, plain PyTorch's, and the definition's own
+    floors: dict[str, float] = {}
+    for draw in [inputs] if isinstance(inputs, Mapping) else inputs:
+        exact, exact_gradients = outputs_and_gradients(definition, draw, torch.float64)
+        plain, plain_gradients = outputs_and_gradients(same_dtype or definition, draw, None)
+        ours, our_gradients = outputs_and_gradients(run, draw, None)
+        assert len(ours) == len(exact), f"{len(ours)} outputs, but the definition gives {len(exact)}"
+        triples = {f"output {i}": t for i, t in enumerate(zip(ours, plain, exact))}
+        for name, gradient in exact_gradients.items():
+            mine, theirs = our_gradients[name], plain_gradients[name]
+            if gradient is None or mine is None:
+                zero = all(g is None or not g.numel() or not g.abs().max().item() for g in (gradient, mine))
+                assert zero, f"gradient {name}: one of {{ours, the definition's}} is missing"
+                continue
+            triples[f"gradient {name}"] = (mine, theirs, gradient)
+        for name, (mine, theirs, truth) in triples.items():
+            sums = squares.setdefault(name, [0.0, 0.0, 0.0])
+            for i, value in enumerate((mine, theirs, torch.zeros_like(truth))):
+                sums[i] += _square(value, truth)
+            floors[name] = torch.finfo(mine.dtype).eps / 2
     judged = {}
-    for name, (mine, theirs, truth) in triples.items():
-        allowed = max(factor * error(theirs, truth), torch.finfo(mine.dtype).eps / 2)
-        judged[name] = (error(mine, truth), allowed)
+    for name, (mine, theirs, truth) in squares.items():
+        scale = truth**0.5 or 1.0
+        judged[name] = (mine**0.5 / scale, max(factor * theirs**0.5 / scale, floors[name]))
     bad = {name: pair for name, pair in judged.items() if not pair[0] <= pair[1]}
     assert not bad, "; ".join(f"{n}: error {e:.3g}, allowed {a:.3g}" for n, (e, a) in bad.items())
     return judged

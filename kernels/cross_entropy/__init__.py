@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from nam56r.kernels.checks import FLOATS, Shapes
+from nam56r.kernels.cross_entropy import support  # noqa: F401  (the registry's import, which torch.compile can't trace)
 from nam56r.kernels.registry import Problem, select
 
 
@@ -37,7 +38,7 @@ def linear_cross_entropy(
     sizes.bind("labels", labels, "T", (torch.int64,))
     if not isinstance(z_loss, (int, float)) or not z_loss >= 0:
         raise ValueError(f"linear_cross_entropy: z_loss is {z_loss!r}, but must be a number of at least 0")
-    if labels.device.type == "cpu":
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = labels[((labels < 0) | (labels >= sizes["V"])) & (labels != ignore_index)]
         if wrong.numel():
             raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from nam56r.kernels.checks import FLOATS, Shapes
+from nam56r.kernels.dsa import support  # noqa: F401  (the registry's import, which torch.compile can't trace)
 from nam56r.kernels.registry import Problem, select
 
 

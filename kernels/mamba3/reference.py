@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import pad, silu
 from torch.utils.checkpoint import checkpoint
 
-from nam56r.kernels.mamba3 import Mamba3State
+from nam56r.kernels.mamba3.state import Mamba3State
 from nam56r.kernels.scan import over_chunks, scan_chunk
 
 ROWS = 128  # of a chunk's score matrix: steps × rank

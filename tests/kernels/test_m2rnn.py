@@ -22,7 +22,8 @@ def inputs(B=2, S=9, H=6, Hq=1, Hk=1, K=5, V=3, *, state=None, ends=None, dtype=
         "q": draw(B, S, Hq, K),
         "k": draw(B, S, Hk, K),
         "v": draw(B, S, H, V),
-        "weight": torch.eye(V, dtype=torch.float64) + 0.3 * draw(H, V, V),
+        "weight": 0.8 * torch.eye(V, dtype=torch.float64)
+        + 0.2 * draw(H, V, V) / V**0.5,  # a chaotic scan judges nothing
         "forget": torch.sigmoid(2 * draw(B, S, H)),
     }
     if state is not None:
