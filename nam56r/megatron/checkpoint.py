@@ -1,0 +1,100 @@
+"""An engine's state in Megatron's distributed checkpoints: weights, optimizer, schedule and generators."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from nam56r.megatron.engine import Engine
+from nam56r.megatron.patches import VERSIONS, Patch, apply_patches
+
+
+def _results_in_process() -> None:
+    filesystem_async._results_queue = queue.Queue()
+
+
+PATCHES = (
+    Patch(
+        "checkpoint-results",
+        "megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue",
+        "a synchronous save needs no manager process for its results; that one takes seconds to start, imports "
+        "__main__ again, and outlives a run that is killed",
+        VERSIONS,
+        _results_in_process,
+        lambda: isinstance(filesystem_async._results_queue, queue.Queue),
+    ),
+)
+
+
+def save(engine: Engine, folder: Path) -> None:
+    """Write the engine's state into an empty folder. All ranks call it together; a shard is on disk when it returns."""
+    apply_patches(PATCHES)
+    # every synchronous save warns that asynchronous saves will go elsewhere
+    logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
+    dist_checkpointing.save(_state(engine, loading=False), str(folder))
+
+
+def load(engine: Engine, folder: Path) -> None:
+    """Put what `save` wrote into an engine of the same recipe, in place. Other data-parallel sizes can load it too."""
+    for part in getattr(engine.optimizer, "chained_optimizers", ()):
+        # Megatron's distributed optimizer loads into moments that are there already
+        part._init_optimizer_states_with_dummy_values()
+    state = dist_checkpointing.load(_state(engine, loading=True), str(folder))
+    engine.model.load_state_dict(state["model"])
+    with torch.no_grad():  # Megatron copies into views of fp32 parameters, which are leaves
+        engine.optimizer.load_state_dict(state["optimizer"])
+    engine.schedule.load_state_dict(state["schedule"])
+    for part in getattr(engine.optimizer, "chained_optimizers", ()):
+        # with torch's AdamW it keeps the count of the moments that were there, not the loaded one
+        for moments in part.optimizer.state.values():
+            if "step" in moments:
+                moments["step"].fill_(engine.schedule.num_steps)
+    _set_generators(state["generators"])
+
+
+def _state(engine: Engine, *, loading: bool) -> dict[str, Any]:
+    model = engine.model.sharded_state_dict()
+    metadata = {"distrib_optim_sharding_type": "dp_reshardable"}
+    return {
+        "model": model,
+        "optimizer": engine.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
+        "schedule": engine.schedule.state_dict(),
+        "generators": ShardedObject(
+            "generators",
+            _generators(),
+            (parallel_state.get_tensor_model_parallel_world_size(),),
+            (parallel_state.get_tensor_model_parallel_rank(),),
+            replica_id=parallel_state.get_data_parallel_rank(),
+        ),
+    }
+
+
+def _generators() -> dict[str, Any]:
+    """The states of every random generator; data-parallel ranks have the same."""
+    cuda = torch.cuda.is_initialized()
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if cuda else None,
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_generators(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"])
+    get_cuda_rng_tracker().set_states(states["tracker"])

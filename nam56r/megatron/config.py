@@ -1,0 +1,110 @@
+"""A recipe and its plan as Megatron's transformer configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossAutoScaler
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from nam56r.plan import Plan
+from nam56r.recipe import Recipe
+
+
+@dataclass
+class Config(MLATransformerConfig):
+    """Megatron's MLA configuration with the recipe, and the plan that chose the kernels."""
+
+    recipe: Recipe | None = None
+    plan: Plan | None = None
+
+
+def transformer_config(
+    recipe: Recipe,
+    plan: Plan,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    tensor_parallel: int = 1,
+    expert_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    **overrides: Any,
+) -> Config:
+    """The configuration of a recipe on `device`. overrides go to Megatron's config as they are.
+
+    Raises ValueError for what the modules don't do yet.
+    """
+    if recipe.mamba.kind != "mamba3":
+        raise ValueError(f"mamba.kind is {recipe.mamba.kind!r}, but only mamba3 has a Megatron layer here so far")
+    if recipe.dsa.share_every != 1:
+        raise ValueError(
+            f"dsa.share_every is {recipe.dsa.share_every}, but index sharing is not there yet: set it to 1"
+        )
+    cpu = device.type == "cpu"
+    mla, dsa, moe = recipe.mla, recipe.dsa, recipe.moe
+    values: dict[str, Any] = dict(
+        recipe=recipe,
+        plan=plan,
+        num_layers=recipe.depth,
+        hidden_size=recipe.hidden_size,
+        ffn_hidden_size=recipe.ffn_hidden_size,
+        num_attention_heads=mla.num_heads,
+        layernorm_epsilon=recipe.norm_eps,
+        init_method_std=recipe.init_std,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # the dense and the shared MLP are SwiGLU; the routed experts' relu² is in moe.Experts
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=not cpu,
+        # attention
+        q_lora_rank=mla.q_lora_rank,
+        kv_lora_rank=mla.kv_lora_rank,
+        qk_head_dim=mla.qk_nope_head_dim,
+        qk_pos_emb_head_dim=mla.qk_rope_head_dim,
+        v_head_dim=mla.v_head_dim,
+        qk_layernorm=True,
+        rope_type="rope",
+        rotary_base=mla.rope_theta,
+        dsa_indexer_n_heads=dsa.index_num_heads,
+        dsa_indexer_head_dim=dsa.index_head_dim,
+        dsa_indexer_topk=dsa.top_k,
+        dsa_indexer_loss_coeff=dsa.loss_coeff,
+        dsa_indexer_use_sparse_loss=True,
+        dsa_indexer_rotate_activation=False,
+        # the variant itself stays unset: it would turn the dense slots sparse too
+        experimental_attention_variant_loss_scale_func=DSAIndexerLossAutoScaler.set_loss_scale,
+        # experts
+        num_moe_experts=moe.num_experts,
+        moe_router_topk=moe.top_k,
+        moe_ffn_hidden_size=moe.ffn_hidden_size,
+        moe_shared_expert_intermediate_size=moe.shared_ffn_hidden_size,
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+        moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=moe.aux_loss_coeff,
+        moe_router_dtype="fp32",
+        moe_token_dispatcher_type="allgather" if cpu else "alltoall",
+        # prediction depths
+        mtp_num_layers=recipe.mtp.num_depths or None,
+        mtp_loss_scaling_factor=recipe.mtp.loss_coeff,
+        # placement
+        tensor_model_parallel_size=tensor_parallel,
+        sequence_parallel=tensor_parallel > 1,
+        expert_model_parallel_size=expert_parallel,
+        expert_tensor_parallel_size=1,
+        pipeline_model_parallel_size=pipeline_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu_initialization=cpu,
+        gradient_accumulation_fusion=False,
+        transformer_impl="local",
+    )
+    return Config(**(values | overrides))
