@@ -1,0 +1,1 @@
+"""What people read: plan tables, and pages made of measured results."""
