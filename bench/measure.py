@@ -1,0 +1,114 @@
+"""Times one case on CUDA: ours, then its peers, in one process, one after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.testing
+
+from bench.record import Record, record
+from nam56r.kernels.registry import Device, NoKernel
+from nam56r.kernels.testing import flatten
+
+
+@dataclass(frozen=True)
+class Measured:
+    """ms is a median; peak_mib is above what was allocated before; first_call_s holds all compiling."""
+
+    ms: float
+    peak_mib: float
+    first_call_s: float
+
+
+def measured(call: Callable[[], Any]) -> Measured:
+    """Time a call on the current CUDA device: do_bench's median, with the L2 cache flushed before each run."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    first = time.perf_counter() - began
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return Measured(triton.testing.do_bench(call, return_mode="median"), peak, first)
+
+
+def passes(run: Callable[[str], Any], kernel: str, grad: Sequence[torch.Tensor]) -> dict[str, Callable[[], Any]]:
+    """The calls to time: "fwd" without autograd, and "fwd+bwd" when there is something to differentiate by."""
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return run(kernel)
+
+    weights: list[torch.Tensor] = []
+
+    def both() -> Any:
+        outputs = [t for t in flatten(run(kernel)) if t.requires_grad]
+        if not weights:
+            weights.extend(torch.randn_like(t) for t in outputs)
+        return torch.autograd.grad(outputs, grad, weights, allow_unused=True)
+
+    return {"fwd": forward, "fwd+bwd": both} if grad else {"fwd": forward}
+
+
+def case(
+    op: str,
+    name: str,
+    kernel: str,
+    run: Callable[[str], Any],
+    *,
+    grad: Sequence[torch.Tensor] = (),
+    flops: Mapping[str, float] | None = None,
+    moved: Mapping[str, float] | None = None,
+    floor_ms: Mapping[str, float] | None = None,
+    peers: Iterable[str] = (),
+    timer: Callable[[Callable[[], Any]], Measured] = measured,
+    device: str | None = None,
+) -> tuple[list[Record], dict[str, str]]:
+    """Measure run(kernel) and run(peer) for every peer; records of all, and why a peer has none.
+
+    flops, moved (bytes) and floor_ms are by pass. Our record names the fastest peer; each peer's own has none.
+    """
+    device = device or Device.of("cuda").name
+    skipped: dict[str, str] = {}
+    times: dict[tuple[str, str], Measured] = {}
+    for who in (kernel, *peers):
+        try:
+            for passed, call in passes(run, who, grad).items():
+                times[who, passed] = timer(call)
+        except NoKernel as refusal:
+            if who == kernel:
+                raise
+            skipped[who] = ", ".join(refusal.reasons[who])
+        except torch.OutOfMemoryError:
+            if who == kernel:
+                raise
+            skipped[who] = "out of memory"
+    records = []
+    for (who, passed), got in times.items():
+        others = {peer: times[peer, passed].ms for peer in peers if (peer, passed) in times and who == kernel}
+        best = min(others, key=others.__getitem__, default=None)
+        records.append(
+            record(
+                op,
+                name,
+                who,
+                passed,
+                ms=got.ms,
+                device=device,
+                flops=(flops or {}).get(passed),
+                moved=(moved or {}).get(passed),
+                peak_mib=got.peak_mib,
+                first_call_s=got.first_call_s,
+                peer=best,
+                peer_ms=others[best] if best else None,
+                floor_ms=(floor_ms or {}).get(passed),
+            )
+        )
+    return records, skipped

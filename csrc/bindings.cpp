@@ -1,0 +1,34 @@
+// The one bindings file: what `import nam56r.kernels._C` runs, and the schemas of every compiled operator.
+// A family declares its functions in csrc/<family>/<family>.h; here they get their schema and their CUDA kernel.
+
+#include <Python.h>
+
+#include <torch/csrc/stable/library.h>
+
+#include "conv1d/conv1d.h"
+
+STABLE_TORCH_LIBRARY(nam56r, m) {
+  m.def(
+      "causal_conv1d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, "
+      "bool silu) -> (Tensor y, Tensor final_state)");
+  m.def(
+      "causal_conv1d_backward(Tensor dy, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? bias, "
+      "Tensor? initial_state, Tensor? cu_seqlens, bool silu) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(nam56r, CUDA, m) {
+  m.impl("causal_conv1d_forward", TORCH_BOX(&nam56r::causal_conv1d_forward));
+  m.impl("causal_conv1d_backward", TORCH_BOX(&nam56r::causal_conv1d_backward));
+}
+
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+
+PyMODINIT_FUNC PyInit__C() {
+  PyObject* module = PyModule_Create(&definition);
+  if (module && PyModule_AddStringConstant(module, "ARCHS", NAM56R_ARCHS) < 0) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
+}

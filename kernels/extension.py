@@ -1,0 +1,64 @@
+"""The compiled extension, nam56r.kernels._C: whether it is here, why not, and what it was built for.
+
+Loading it registers the operators of csrc/ with PyTorch's dispatcher as torch.ops.nam56r.*.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import torch  # noqa: F401  the extension needs torch's libraries loaded first
+
+from nam56r.kernels.registry import Problem
+
+MODULE = "nam56r.kernels._C"
+RECORD = Path(__file__).with_name("_build.txt")
+
+
+@functools.cache
+def load() -> str | None:
+    """Load the extension, once. None when it is loaded, else the reason why it isn't, in one line."""
+    if MODULE in sys.modules:  # torch.compile can't trace an import
+        return None
+    try:
+        importlib.import_module(MODULE)
+    except ModuleNotFoundError:
+        said = RECORD.read_text(encoding="utf-8").strip() if RECORD.exists() else "not built"
+        return said if said.startswith("not built") else f"not there, though {said}: install the package again"
+    except ImportError as error:
+        return f"built, but does not load: {str(error).splitlines()[0]}"
+    return None
+
+
+def archs() -> tuple[str, ...]:
+    """The architectures that the loaded extension holds code for, such as ("90a",); empty when it isn't loaded."""
+    return () if load() else tuple(sys.modules[MODULE].ARCHS.split())
+
+
+def covers(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code for arch ("80", "90a", "100f") runs on a device of that compute capability.
+
+    Plain code runs on its major version from its minor upward, "f" code too; "a" code on exactly its own.
+    """
+    digits, suffix = re.fullmatch(r"(\d+)([af]?)", arch).groups()
+    major, minor = int(digits[:-1]), int(digits[-1])
+    return (major, minor) == capability if suffix == "a" else major == capability[0] and minor <= capability[1]
+
+
+def reason(problem: Problem) -> tuple[str, ...]:
+    """Why the extension can't serve the problem's device, present or planned for; empty when it can."""
+    if problem.device.type != "cuda":
+        return (f"a CUDA kernel, but the device is {problem.device.name}",)
+    missing = load()
+    if missing:
+        return (f"CUDA extension {missing}",)
+    major, minor = problem.device.capability
+    if not any(covers(arch, (major, minor)) for arch in archs()):
+        have = ", ".join(f"sm_{arch}" for arch in archs())
+        want = f"{problem.device.name} is sm_{major}{minor}: install with NAM56R_CUDA_ARCHS={major}{minor}"
+        return (f"CUDA extension built for {have}, but {want}",)
+    return ()
