@@ -45,12 +45,18 @@ class Shapes:
             raise ValueError(f"{self.operator}: {name} is {list(tensor.shape)}, but must be [{shown}]")
         if dtypes and tensor.dtype not in dtypes:
             allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-            raise TypeError(f"{self.operator}: {name} is {str(tensor.dtype).removeprefix('torch.')}, but must be {allowed}")
+            raise TypeError(
+                f"{self.operator}: {name} is {str(tensor.dtype).removeprefix('torch.')}, but must be {allowed}"
+            )
         if self.device is None:
             self.device = tensor.device
         elif tensor.device != self.device:
-            raise ValueError(f"{self.operator}: {name} is on {tensor.device}, but the arguments before it on {self.device}")
-        self.sizes.update(zip((x for x in letters if not x.isdigit()), (s for x, s in zip(letters, tensor.shape) if not x.isdigit())))
+            raise ValueError(
+                f"{self.operator}: {name} is on {tensor.device}, but the arguments before it on {self.device}"
+            )
+        self.sizes.update(
+            zip((x for x in letters if not x.isdigit()), (s for x, s in zip(letters, tensor.shape) if not x.isdigit()))
+        )
 
     def divides(self, part: str, whole: str) -> None:
         """Size `part` must divide size `whole` (shared heads, groups)."""
@@ -66,7 +72,9 @@ class Shapes:
             return self["B"]
         self.bind("cu_seqlens", cu_seqlens, "n+1", (torch.int32,))
         if self["B"] != 1:
-            raise ValueError(f"{self.operator}: cu_seqlens packs sequences into one row, so B must be 1, not {self['B']}")
+            raise ValueError(
+                f"{self.operator}: cu_seqlens packs sequences into one row, so B must be 1, not {self['B']}"
+            )
         if cu_seqlens.numel() < 1:
             raise ValueError(f"{self.operator}: cu_seqlens is empty, but must be [0, …, S]")
         if cu_seqlens.device.type == "cpu":

@@ -92,10 +92,10 @@ def agree(
     """
     squares: dict[str, list[float]] = {}  # name: ours, plain PyTorch's, and the definition's own
     floors: dict[str, float] = {}
-    for draw in [inputs] if isinstance(inputs, Mapping) else inputs:
-        exact, exact_gradients = outputs_and_gradients(definition, draw, torch.float64)
-        plain, plain_gradients = outputs_and_gradients(same_dtype or definition, draw, None)
-        ours, our_gradients = outputs_and_gradients(run, draw, None)
+    for seed, draw in enumerate([inputs] if isinstance(inputs, Mapping) else inputs):
+        exact, exact_gradients = outputs_and_gradients(definition, draw, torch.float64, seed)
+        plain, plain_gradients = outputs_and_gradients(same_dtype or definition, draw, None, seed)
+        ours, our_gradients = outputs_and_gradients(run, draw, None, seed)
         assert len(ours) == len(exact), f"{len(ours)} outputs, but the definition gives {len(exact)}"
         triples = {f"output {i}": t for i, t in enumerate(zip(ours, plain, exact))}
         for name, gradient in exact_gradients.items():

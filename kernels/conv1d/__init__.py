@@ -6,7 +6,6 @@ import torch
 
 from nam56r.kernels.checks import FLOATS, Shapes, one_of
 from nam56r.kernels.conv1d import support  # noqa: F401  (the registry's import, which torch.compile can't trace)
-from nam56r.kernels.conv1d import support  # noqa: F401  (the registry's import, which torch.compile can't trace)
 from nam56r.kernels.registry import Problem, select
 
 
