@@ -55,10 +55,10 @@ def load(engine: Engine, folder: Path) -> None:
         engine.optimizer.load_state_dict(state["optimizer"])
     engine.schedule.load_state_dict(state["schedule"])
     for part in getattr(engine.optimizer, "chained_optimizers", ()):
-        # with torch's AdamW it keeps the count of the moments that were there, not the loaded one
+        # with torch's AdamW it restores the wrong count, and as one tensor that every parameter's step adds to
         for moments in part.optimizer.state.values():
             if "step" in moments:
-                moments["step"].fill_(engine.schedule.num_steps)
+                moments["step"] = torch.full_like(moments["step"], engine.schedule.num_steps)
     _set_generators(state["generators"])
 
 

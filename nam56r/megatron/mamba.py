@@ -14,7 +14,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.utils import _split_tensor_factory
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
@@ -90,8 +89,8 @@ class Mamba3Mixer(KeepsFloat32, MegatronModule):
             input_is_parallel=True,
             **linear,
         )
-        with get_cuda_rng_tracker().fork():
-            self.dt_bias = torch.nn.Parameter(dt_bias(self.heads))
+        # every rank draws all heads' and keeps its own
+        self.dt_bias = torch.nn.Parameter(dt_bias(heads).chunk(tp)[self.tp_group.rank()].clone())
         per_state, per_channel = (self.heads, self.rank, self.d_state), (self.heads, self.rank, self.headdim)
         self.B_bias = torch.nn.Parameter(torch.ones(per_state))
         self.C_bias = torch.nn.Parameter(torch.ones(per_state))

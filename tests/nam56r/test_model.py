@@ -2,7 +2,9 @@
 
 import copy
 import math
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import megatron.core
@@ -25,7 +27,7 @@ from nam56r.megatron.mamba import Mamba3Mixer
 from nam56r.megatron.model import build_model
 from nam56r.megatron.moe import Experts
 from nam56r.megatron.parallel import destroy, initialize
-from nam56r.parameters import parameters
+from nam56r.parameters import FAMILY, parameters
 from nam56r.plan import make_plan
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -69,10 +71,21 @@ def test_trains(model):
 
 
 def test_counts_what_the_recipe_says(model):
+    """Parameters of the built model, family by family."""
     for recipe, built in ((small_recipe(), model), (small_recipe("mamba.mimo_rank=1", "mtp.num_depths=2"), None)):
         built = built or build(recipe)
-        total = sum(total for total, _ in parameters(recipe).values())
-        assert sum(p.numel() for p in built.parameters()) == total
+        counted = Counter()
+        for name, parameter in built.named_parameters():
+            where = re.match(r"decoder\.layers\.(\d+)\.(\w+)", name)
+            if where is None:
+                part = name.split(".")[0]
+                family = {"embedding": "embedding", "output_layer": "head", "mtp": "mtp", "decoder": "norm"}[part]
+            elif where[2] in ("input_layernorm", "pre_mlp_layernorm", "norm"):
+                family = "norm"
+            else:
+                family = FAMILY[recipe.roles[int(where[1])]]
+            counted[family] += parameter.numel()
+        assert counted == {family: total for family, (total, _) in parameters(recipe).items()}
 
 
 def test_every_layer_runs_its_slots_kernels():
