@@ -44,6 +44,17 @@ def measured(call: Callable[[], Any]) -> Measured:
     return Measured(triton.testing.do_bench(captured(call), return_mode="median"), peak, first)
 
 
+def on_the_host(call: Callable[[], Any], times: int = 1000) -> Measured:
+    """Seconds of Python and launches per eager call, for a problem so small that the device waits: the mean."""
+    first = measured(call)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(times):
+        call()
+    torch.cuda.synchronize()
+    return Measured((time.perf_counter() - began) / times * 1e3, first.peak_mib, first.first_call_s)
+
+
 def captured(call: Callable[[], Any]) -> Callable[[], Any]:
     """The call as a graph's replay, or itself where capture fails."""
     graph = torch.cuda.CUDAGraph()
