@@ -22,6 +22,17 @@ class Config(MLATransformerConfig):
     plan: Plan | None = None
 
 
+def recipe_of(config: MLATransformerConfig) -> Recipe:
+    """The recipe that a configuration carries. Raises ValueError for Megatron's own, which has no sizes for M and R."""
+    recipe = getattr(config, "recipe", None)
+    if recipe is None:
+        raise ValueError(
+            f"{type(config).__name__} carries no recipe: M and R layers take their sizes from one; "
+            "build the configuration with nam56r.megatron.config.transformer_config"
+        )
+    return recipe
+
+
 def transformer_config(
     recipe: Recipe,
     plan: Plan,

@@ -19,7 +19,7 @@ from nam56r.kernels.conv1d import causal_conv1d
 from nam56r.kernels.m2rnn import m2rnn
 from nam56r.kernels.norm import rms_norm
 from nam56r.megatron.attention import cu_seqlens_of
-from nam56r.megatron.config import Config
+from nam56r.megatron.config import Config, recipe_of
 from nam56r.megatron.linear import KeepsFloat32, ReplicatedLinear
 from nam56r.megatron.mamba import dt_bias
 
@@ -40,7 +40,7 @@ class M2RNNMixer(KeepsFloat32, MegatronModule):
     ):
         super().__init__(config=config)
         self.layer_number, self.tp_group = layer_number, pg_collection.tp
-        recipe = config.recipe.m2rnn
+        recipe = recipe_of(config).m2rnn
         self.heads, self.headdim = recipe.num_heads, recipe.v_head_dim
         inner, k = self.heads * self.headdim, recipe.k_head_dim
         self.sections = [2 * k + inner, self.heads, inner]  # q k v, f, g

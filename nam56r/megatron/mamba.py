@@ -24,7 +24,7 @@ from megatron.core.transformer.utils import (
 from nam56r.kernels.mamba3 import mamba3_scan
 from nam56r.kernels.norm import rms_norm
 from nam56r.megatron.attention import cu_seqlens_of
-from nam56r.megatron.config import Config
+from nam56r.megatron.config import Config, recipe_of
 from nam56r.megatron.linear import KeepsFloat32
 
 
@@ -60,7 +60,7 @@ class Mamba3Mixer(KeepsFloat32, MegatronModule):
     ):
         super().__init__(config=config)
         self.layer_number, self.tp_group = layer_number, pg_collection.tp
-        mamba, tp = config.recipe.mamba, self.tp_group.size()
+        mamba, tp = recipe_of(config).mamba, self.tp_group.size()
         heads, angles = mamba.expand * d_model // mamba.headdim, mamba.d_state // 4
         for name, size in (("heads", heads), ("ngroups", mamba.ngroups), ("angles (d_state / 4)", angles)):
             if size % tp:

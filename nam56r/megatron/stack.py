@@ -133,6 +133,7 @@ class MTPLayer(MultiTokenPredictionLayer):
             **rest,
         )
         self.mtp_layer_pattern = mtp_layer_pattern  # Megatron's forward asks it which arguments the inner layers take
-        if config.plan is not None:
+        plan = getattr(config, "plan", None)
+        if plan is not None:
             for norm in (self.enorm, self.hnorm, self.final_layernorm):
-                assign_kernels(norm, config.plan.mtp[depth].kernels)
+                assign_kernels(norm, plan.mtp[depth].kernels)

@@ -219,7 +219,7 @@ def poisoned():
 @pytest.mark.parametrize("W", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gpu_agrees(dtype, W, C, poisoned):
-    for S in EDGES:
+    for S in EDGES if C > 1 else (1, 2, 3, 5, 64, 65, 1000):  # one channel takes many draws
         for activation in (None, "silu"):
             judge("cuda", partial(on_gpu, 2, S, C, W, dtype), activation)
 

@@ -6,6 +6,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import megatron.core
 import pytest
@@ -271,4 +272,8 @@ def test_refuses_what_it_cannot_build():
         config_of(small_recipe("mamba.kind=mamba2"))
     with pytest.raises(ValueError, match="share_every is 2"):
         config_of(small_recipe("dsa.share_every=2"))
+    stock = config_of(small_recipe())
+    stock.recipe = None
+    with pytest.raises(ValueError, match="carries no recipe"):
+        build_module(specs.m2rnn_layer.submodules.mixer, stock, 64, 1, pg_collection=SimpleNamespace(tp=None))
     assert specs.mla_layer.submodules.self_attention.params == {"attn_mask_type": AttnMaskType.causal}
