@@ -30,23 +30,34 @@ class Samples:
             )
         self.data, self.seq_length, self.seed, self.cache = data, seq_length, seed, cache
         self._tokenizer = data.tokenizer.load()
-        self._open: tuple[int, GPTDataset] = (0, self._build(0))
+        self._epochs = {0: self._build(0)}
+        self._length = len(self._epochs[0])
 
     def __len__(self) -> int:
         """Sequences in one epoch."""
-        return len(self._open[1])
+        return self._length
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
         """tokens, labels, position_ids [S] int64 and loss_mask [S] fp32 of a sample; number counts over epochs."""
         epoch, index = divmod(number, len(self))
-        if epoch != self._open[0]:
-            self._open = (epoch, self._build(epoch))
-        return self._open[1][index]
+        self._open(epoch, epoch)
+        return self._epochs[epoch][index]
 
     def microbatch(self, first: int, size: int) -> dict[str, torch.Tensor]:
         """This data-parallel rank's `size` samples of the microbatch that starts at sample `first`: each [size, S]."""
-        first += parallel_state.get_data_parallel_rank() * size
-        return default_collate([self[number] for number in range(first, first + size)])
+        ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        # an epoch may end between two ranks' samples, and all ranks open the next one together
+        self._open(first // len(self), (first + size * ranks - 1) // len(self))
+        mine = range(first + rank * size, first + (rank + 1) * size)
+        places = (divmod(number, len(self)) for number in mine)
+        return default_collate([self._epochs[epoch][index] for epoch, index in places])
+
+    def _open(self, first: int, last: int) -> None:
+        """Have these epochs open, and no others."""
+        self._epochs = {
+            epoch: self._epochs[epoch] if epoch in self._epochs else self._build(epoch)
+            for epoch in range(first, last + 1)
+        }
 
     def _build(self, epoch: int) -> GPTDataset:
         """All ranks call this together: rank 0 writes the indices, the others read them."""

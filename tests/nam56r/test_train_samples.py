@@ -49,6 +49,7 @@ def test_a_restart_finds_the_same_samples_and_its_indices(info, tmp_path, monkey
 
 def test_ranks_take_their_part_of_a_microbatch(info, tmp_path, monkeypatch):
     samples = Samples(info, SEQ, 1, tmp_path / "index")
+    monkeypatch.setattr(module.parallel_state, "get_data_parallel_world_size", lambda: 2)
     parts = []
     for rank in range(2):
         monkeypatch.setattr(module.parallel_state, "get_data_parallel_rank", lambda rank=rank: rank)
@@ -56,6 +57,22 @@ def test_ranks_take_their_part_of_a_microbatch(info, tmp_path, monkeypatch):
     batch = torch.cat([part["tokens"] for part in parts])
     assert batch.equal(torch.stack([samples[n]["tokens"] for n in range(4, 10)]))
     assert parts[0]["loss_mask"].shape == (3, SEQ) and parts[0]["position_ids"][0].equal(torch.arange(SEQ))
+
+
+def test_all_ranks_open_an_epoch_together(info, tmp_path, monkeypatch):
+    """Building its indices waits for every rank, also for one whose own samples are all of the epoch before."""
+    monkeypatch.setattr(module.parallel_state, "get_data_parallel_world_size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(module.parallel_state, "get_data_parallel_rank", lambda rank=rank: rank)
+        samples = Samples(info, SEQ, 1, tmp_path / f"index{rank}")
+        built = []
+        monkeypatch.setattr(
+            samples, "_build", lambda epoch, build=samples._build: (built.append(epoch), build(epoch))[1]
+        )
+        samples.microbatch(len(samples) - 1, 1)
+        samples.microbatch(len(samples) + 1, 1)
+        samples.microbatch(3 * len(samples) - 1, 1)
+        assert built == [1, 2, 3]
 
 
 def test_too_little_data_is_refused(info, tmp_path):
