@@ -6,7 +6,7 @@ choice; nothing decides again at run time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ def make_plan(
         notes.append("linear_cross_entropy: the vocabulary is split, so Megatron's vocabulary-parallel loss runs")
         if "R" in recipe.layers.layers:
             notes.append("R is replicated on every tensor-parallel rank")
-    refusals = (*translation.refusals, *chooser.refusals)
+    refusals = (*translation.refusals, *_without_module(recipe), *chooser.refusals)
     plan = Plan(
         recipe=recipe.name,
         device=device.name,
@@ -169,6 +169,17 @@ def make_plan(
     if refusals:
         raise PlanRefused(plan)
     return plan
+
+
+def _without_module(recipe: Recipe) -> Iterator[Refusal]:
+    """Slots whose operators may well have kernels, but around which there is no Megatron module yet."""
+    for layer, role in enumerate(recipe.roles, 1):
+        if role == "mamba2":
+            reason = "there is no Mamba-2 layer around it yet: set mamba.kind to mamba3"
+            yield Refusal(layer=layer, operator="mamba2_scan", reasons=(reason,))
+        if role == "dsa" and layer not in recipe.indexer_layers:
+            reason = "no layer takes another's indices yet: set dsa.share_every to 1"
+            yield Refusal(layer=layer, operator="sparse_latent_attention", reasons=(reason,))
 
 
 class _Chooser:

@@ -267,11 +267,7 @@ def test_patches_say_when_they_do_not_know_a_version(monkeypatch):
         patches.apply_patches()
 
 
-def test_refuses_what_it_cannot_build():
-    with pytest.raises(ValueError, match="mamba.kind is 'mamba2'"):
-        config_of(small_recipe("mamba.kind=mamba2"))
-    with pytest.raises(ValueError, match="share_every is 2"):
-        config_of(small_recipe("dsa.share_every=2"))
+def test_layers_without_a_recipe_say_so():
     stock = config_of(small_recipe())
     stock.recipe = None
     with pytest.raises(ValueError, match="carries no recipe"):

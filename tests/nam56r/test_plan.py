@@ -160,11 +160,22 @@ def test_index_sharing_and_no_loss_leave_operators_out():
     recipe = Recipe.load("nam56r-tiny").with_overrides(
         ["pattern=A", "depth=4", "dsa.ranks=[0,1,2]", "dsa.share_every=2"]
     )
-    plan = make_plan(recipe, DEVICES["cpu"], dtype=torch.float32)
+    with pytest.raises(PlanRefused) as refused:
+        make_plan(recipe, DEVICES["cpu"], dtype=torch.float32)
+    assert [(r.layer, r.operator) for r in refused.value.refusals] == [(2, "sparse_latent_attention")]
+    plan = refused.value.plan
     assert ["index_top_k" in slot.kernels for slot in plan.slots] == [True, False, True, False]
     assert [slot.role for slot in plan.slots] == ["dsa", "dsa", "dsa", "mla"]
-    still = make_plan(recipe.with_overrides(["dsa.loss_coeff=0"]), DEVICES["cpu"], dtype=torch.float32)
+    alone = recipe.with_overrides(["dsa.share_every=1", "dsa.loss_coeff=0"])
+    still = make_plan(alone, DEVICES["cpu"], dtype=torch.float32)
     assert "indexer_kl_loss" not in still.slots[0].kernels and "index_top_k" in still.slots[0].kernels
+
+
+def test_mamba2_has_kernels_but_no_layer_yet():
+    with pytest.raises(
+        PlanRefused, match="mamba2_scan at 3, 7, 11: there is no Mamba-2 layer .* set mamba.kind to mamba3"
+    ):
+        make_plan(TINY.with_overrides(["mamba.kind=mamba2"]), DEVICES["cpu"], dtype=torch.float32)
 
 
 def tensor(spec, name):
