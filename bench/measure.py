@@ -12,7 +12,7 @@ import torch
 import triton.testing
 
 from bench.record import Record, record
-from nam56r.kernels.registry import Device, NoKernel
+from nam56r.kernels.registry import DEVICES, Device, NoKernel
 from nam56r.kernels.testing import flatten
 
 
@@ -91,6 +91,17 @@ def passes(run: Callable[[str], Any], kernel: str, grad: Sequence[torch.Tensor])
     return {"fwd": forward, "fwd+bwd": both} if grad else {"fwd": forward}
 
 
+def floors(device: str, flops: Mapping[str, float], moved: Mapping[str, float]) -> dict[str, float]:
+    """The least time in ms by pass, at the datasheet's rates; empty for a device whose rates aren't known."""
+    known = DEVICES.get(device)
+    if known is None or not known.tflops or not known.gbs:
+        return {}
+    return {
+        passed: max(flops.get(passed, 0) / known.tflops / 1e9, moved.get(passed, 0) / known.gbs / 1e6)
+        for passed in flops.keys() | moved.keys()
+    }
+
+
 def case(
     op: str,
     name: str,
@@ -107,9 +118,11 @@ def case(
 ) -> tuple[list[Record], dict[str, str]]:
     """Measure run(kernel) and run(peer) for every peer; records of all, and why a peer has none.
 
-    flops, moved (bytes) and floor_ms are by pass. Our record names the fastest peer; each peer's own has none.
+    flops, moved (bytes) and floor_ms are by pass; without floor_ms the floor is the larger time of flops and moved at
+    the device's rates. Our record names the fastest peer; each peer's own has none.
     """
     device = device or Device.of("cuda").name
+    floor_ms = floors(device, flops or {}, moved or {}) if floor_ms is None else floor_ms
     skipped: dict[str, str] = {}
     times: dict[tuple[str, str], Measured] = {}
     for who in (kernel, *peers):
@@ -142,7 +155,7 @@ def case(
                 first_call_s=got.first_call_s,
                 peer=best,
                 peer_ms=others[best] if best else None,
-                floor_ms=(floor_ms or {}).get(passed),
+                floor_ms=floor_ms.get(passed),
             )
         )
     return records, skipped

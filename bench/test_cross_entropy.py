@@ -3,7 +3,6 @@
 import torch
 
 from nam56r.kernels.cross_entropy import linear_cross_entropy
-from nam56r.kernels.registry import Device
 
 
 def test_linear_cross_entropy(measure):
@@ -19,10 +18,6 @@ def test_linear_cross_entropy(measure):
     flops = {"fwd": 2 * T * D * V, "fwd+bwd": 6 * T * D * V}
     read = hidden.nbytes + weight.nbytes
     moved = {"fwd": read, "fwd+bwd": 3 * read}  # both passes read; the backward writes gradients
-    device = Device.of("cuda")
-    floor = {}
-    if device.tflops and device.gbs:
-        floor = {name: max(flops[name] / device.tflops / 1e9, moved[name] / device.gbs / 1e6) for name in flops}
     case = f"T{T} D{D} V{V}"
     grad = (hidden, weight)
     measure(
@@ -33,6 +28,5 @@ def test_linear_cross_entropy(measure):
         grad=grad,
         flops=flops,
         moved=moved,
-        floor_ms=floor,
         peers=("peer:pytorch",),
     )

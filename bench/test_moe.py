@@ -3,7 +3,6 @@
 import torch
 
 from nam56r.kernels.moe import moe_experts
-from nam56r.kernels.registry import Device
 
 
 def test_moe_experts(measure):
@@ -23,11 +22,5 @@ def test_moe_experts(measure):
     flops = {"fwd": forward, "fwd+bwd": 3 * forward}
     weights = w_up.nbytes + w_down.nbytes
     moved = {"fwd": weights + 2 * x.nbytes, "fwd+bwd": 3 * weights + 5 * x.nbytes}  # each tensor once a pass
-    device = Device.of("cuda")
-    floor = {}
-    if device.tflops and device.gbs:
-        floor = {name: max(flops[name] / device.tflops / 1e9, moved[name] / device.gbs / 1e6) for name in flops}
     grad = (x, gates, w_up, w_down)
-    measure(
-        "moe_experts", f"T{T} E{E} K{K} D{D} F{F}", "torch", run, grad=grad, flops=flops, moved=moved, floor_ms=floor
-    )
+    measure("moe_experts", f"T{T} E{E} K{K} D{D} F{F}", "torch", run, grad=grad, flops=flops, moved=moved)

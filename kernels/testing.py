@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,11 +27,14 @@ def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return value
 
 
-def outputs_and_gradients(run: Callable[..., Any], inputs: Mapping[str, Any], dtype: torch.dtype | None, seed: int = 0):
-    """Run with fresh leaves (cast to dtype when given); give outputs and the gradients of a fixed random weighting.
+def _weighting(outputs: Sequence[torch.Tensor], seed: int = 0) -> list[torch.Tensor]:
+    """A random gradient for every output, drawn in float64 on the CPU: the same for every dtype and device."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype) for t in outputs]
 
-    The weighting is drawn in float64 on the CPU, so that every dtype and device sees the same one.
-    """
+
+def outputs_and_gradients(run: Callable[..., Any], inputs: Mapping[str, Any], dtype: torch.dtype | None, seed: int = 0):
+    """Run with fresh leaves (cast to dtype when given); give outputs and the gradients of `_weighting` of that seed."""
 
     def leaf(t: torch.Tensor) -> torch.Tensor:
         if not t.is_floating_point():
@@ -45,24 +48,9 @@ def outputs_and_gradients(run: Callable[..., Any], inputs: Mapping[str, Any], dt
     names = [name for name, value in fresh.items() for t in flatten(value) if t.requires_grad]
     if not leaves:
         return outputs, {}
-    generator = torch.Generator().manual_seed(seed)
-    weighted = [
-        (t, torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype)) for t in outputs
-    ]
-    weighted = [(t, w) for t, w in weighted if t.requires_grad]
+    weighted = [(t, w) for t, w in zip(outputs, _weighting(outputs, seed)) if t.requires_grad]
     gradients = torch.autograd.grad([t for t, _ in weighted], leaves, [w for _, w in weighted], allow_unused=True)
     return outputs, dict(zip((f"{i}:{n}" for i, n in enumerate(names)), gradients))
-
-
-def error(value: torch.Tensor, exact: torch.Tensor) -> float:
-    """‖value − exact‖ / ‖exact‖ in float64; an absolute norm where exact is all zero; inf for NaN or Inf."""
-    value, exact = value.detach().double(), exact.detach().to(value.device).double()
-    if value.shape != exact.shape:
-        raise AssertionError(f"shape {list(value.shape)}, but the definition gives {list(exact.shape)}")
-    if not torch.isfinite(value).all():
-        return float("inf")
-    scale = exact.norm().item()
-    return ((value - exact).norm() / (scale or 1.0)).item() if value.numel() else 0.0
 
 
 def _square(value: torch.Tensor, exact: torch.Tensor) -> float:
@@ -73,6 +61,11 @@ def _square(value: torch.Tensor, exact: torch.Tensor) -> float:
     if not torch.isfinite(value).all():
         return float("inf")
     return (value - exact).square().sum().item()
+
+
+def error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    """‖value − exact‖ / ‖exact‖ in float64; an absolute norm where exact is all zero; inf for NaN or Inf."""
+    return (_square(value, exact) / (_square(torch.zeros_like(exact), exact) or 1.0)) ** 0.5
 
 
 def agree(
@@ -139,10 +132,7 @@ def replays(run: Callable[..., Any], make_inputs: Callable[[int], Mapping[str, A
     other = make_inputs(2)
     wanted_outputs, wanted_gradients = outputs_and_gradients(run, other, None)
     leaves = [t for t in flatten(list(static.values())) if t.is_floating_point() and t.requires_grad]
-    generator = torch.Generator().manual_seed(0)
-    weights = [
-        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype) for t in wanted_outputs
-    ]
+    weights = _weighting(wanted_outputs)
 
     def step():
         outputs = [t for t in flatten(run(**static)) if t.is_floating_point()]
@@ -169,7 +159,7 @@ def replays(run: Callable[..., Any], make_inputs: Callable[[int], Mapping[str, A
         assert (got is None) == (want is None) and (got is None or torch.equal(got, want)), "replayed gradient differs"
 
 
-def kernels_here(operator: str, device: str) -> Iterable[str]:
+def kernels_here(operator: str) -> list[str]:
     """Names of the operator's own kernels that aren't peers, for parametrizing tests."""
     from nam56r.kernels.registry import candidates
 

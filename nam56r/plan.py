@@ -6,7 +6,7 @@ choice; nothing decides again at run time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ def make_plan(
         notes.append("linear_cross_entropy: the vocabulary is split, so Megatron's vocabulary-parallel loss runs")
         if "R" in recipe.layers.layers:
             notes.append("R is replicated on every tensor-parallel rank")
-    refusals = (*translation.refusals, *_without_module(recipe), *chooser.refusals)
+    refusals = (*translation.refusals, *chooser.refusals)
     plan = Plan(
         recipe=recipe.name,
         device=device.name,
@@ -171,15 +171,13 @@ def make_plan(
     return plan
 
 
-def _without_module(recipe: Recipe) -> Iterator[Refusal]:
-    """Slots whose operators may well have kernels, but around which there is no Megatron module yet."""
-    for layer, role in enumerate(recipe.roles, 1):
-        if role == "mamba2":
-            reason = "there is no Mamba-2 layer around it yet: set mamba.kind to mamba3"
-            yield Refusal(layer=layer, operator="mamba2_scan", reasons=(reason,))
-        if role == "dsa" and layer not in recipe.indexer_layers:
-            reason = "no layer takes another's indices yet: set dsa.share_every to 1"
-            yield Refusal(layer=layer, operator="sparse_latent_attention", reasons=(reason,))
+def _without_module(role: str, *, indexer: bool) -> dict[str, str]:
+    """Why a slot can't be built though its operators have kernels, by operator: no Megatron module is around them yet."""
+    if role == "mamba2":
+        return {"mamba2_scan": "there is no Mamba-2 layer around it yet: set mamba.kind to mamba3"}
+    if role == "dsa" and not indexer:
+        return {"sparse_latent_attention": "no layer takes another's indices yet: set dsa.share_every to 1"}
+    return {}
 
 
 class _Chooser:
@@ -208,6 +206,10 @@ class _Chooser:
                 why_chosen[operator] = _why(problem, chosen[operator], asked_for=operator in self.names)
             except NoKernel as none:
                 faults[operator] = [f"{name}: {', '.join(why)}" for name, why in none.reasons.items()]
+        for operator, reason in _without_module(role, indexer=indexer).items():
+            faults.setdefault(operator, []).append(reason)
+            chosen.pop(operator, None)
+            why_chosen.pop(operator, None)
         for operator, reasons in faults.items():
             self.refusals.append(Refusal(layer=layer, operator=operator, reasons=tuple(reasons)))
         shapes = {

@@ -142,6 +142,13 @@ def test_peers_are_registered_as_peers():
         assert kernel.role == "peer" and kernel.name.startswith("peer:")
 
 
+def test_the_floor_is_the_larger_of_arithmetic_and_memory():
+    floors = bench.measure.floors("h200", {"fwd": 989e9, "fwd+bwd": 989e9}, {"fwd": 48e8, "fwd+bwd": 48e9})
+    assert floors == pytest.approx({"fwd": 1.0, "fwd+bwd": 10.0})
+    assert bench.measure.floors("h200", {}, {"fwd": 48e8}) == pytest.approx({"fwd": 1.0})
+    assert bench.measure.floors("a chip nobody knows", {"fwd": 1.0}, {}) == {}
+
+
 @pytest.mark.gpu
 def test_timing_on_a_gpu():
     x = torch.randn(1024, 1024, device="cuda", requires_grad=True)

@@ -167,7 +167,7 @@ def test_refused_on_a_gpu_unless_named():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("kernel", kernels_here("m2rnn", "cuda"))
+@pytest.mark.parametrize("kernel", kernels_here("m2rnn"))
 def test_on_a_gpu(kernel, dtype):
     for made in (
         inputs(S=257, H=51, K=64, V=16, state=2, dtype=dtype, device="cuda"),

@@ -166,7 +166,7 @@ def test_bad_input(change, error, message):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("kernel", kernels_here("mamba2_scan", "cuda"))
+@pytest.mark.parametrize("kernel", kernels_here("mamba2_scan"))
 def test_on_a_gpu(kernel, dtype):
     size = {"H": 16, "P": 64, "G": 8, "N": 128, "dtype": dtype, "device": "cuda"}
     for made in (inputs(S=257, state=2, **size), inputs(B=1, S=200, state=3, ends=[0, 1, 1, 200], **size)):

@@ -254,7 +254,7 @@ def test_a_rank_needs_mimo():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("R", [None, 4])
-@pytest.mark.parametrize("kernel", kernels_here("mamba3_scan", "cuda"))
+@pytest.mark.parametrize("kernel", kernels_here("mamba3_scan"))
 def test_on_a_gpu(kernel, R, dtype):
     size = {"H": 16, "P": 64, "G": 8, "N": 128, "N_a": 32, "R": R, "dtype": dtype, "device": "cuda"}
     for made in (inputs(S=257, state=2, **size), inputs(B=1, S=200, state=3, ends=[0, 1, 1, 200], **size)):

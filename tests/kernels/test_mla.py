@@ -10,8 +10,8 @@ from nam56r.kernels.mla import latent_attention, library, mla_attention, referen
 from nam56r.kernels.registry import DEVICES, NoKernel, Problem, Spec, candidates, select
 from nam56r.kernels.testing import agree, kernels_here, outputs_and_gradients, replays, same_bits
 
-EXPANDED = list(kernels_here("mla_attention", "cpu"))
-LATENT = list(kernels_here("latent_attention", "cpu"))
+EXPANDED = kernels_here("mla_attention")
+LATENT = kernels_here("latent_attention")
 # B, S, H, Dn, Dr, Dv
 EDGES = [(2, 1, 2, 8, 8, 8), (1, 2, 1, 8, 8, 16), (2, 7, 3, 16, 8, 8), (1, 65, 2, 8, 8, 24), (1, 130, 2, 16, 16, 32)]
 PACKED = [0, 5, 5, 6, 17, 17]

@@ -13,7 +13,7 @@ from nam56r.kernels.moe import library, moe_experts, reference
 from nam56r.kernels.registry import DEVICES, NoKernel, Problem, Spec, select
 from nam56r.kernels.testing import agree, error, kernels_here, outputs_and_gradients, replays, same_bits
 
-KERNELS = list(kernels_here("moe_experts", "cpu"))
+KERNELS = kernels_here("moe_experts")
 ACTIVATIONS = ["relu2", "swiglu"]
 SHAPES = [(37, 3, 5, 24, 16), (30, 1, 1, 16, 8), (0, 2, 3, 8, 8), (64, 4, 4, 8, 40)]  # T, K, E, D, F
 
