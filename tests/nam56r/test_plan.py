@@ -174,8 +174,9 @@ def test_index_sharing_and_no_loss_leave_operators_out():
 def test_mamba2_has_kernels_but_no_layer_yet():
     with pytest.raises(
         PlanRefused, match="mamba2_scan at 3, 7, 11: there is no Mamba-2 layer .* set mamba.kind to mamba3"
-    ):
+    ) as refused:
         make_plan(TINY.with_overrides(["mamba.kind=mamba2"]), DEVICES["cpu"], dtype=torch.float32)
+    assert "mamba2_scan" not in refused.value.plan.slots[2].kernels
 
 
 def tensor(spec, name):
