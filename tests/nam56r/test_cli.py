@@ -208,4 +208,4 @@ def test_train_hands_every_option_on(tmp_path, monkeypatch):
     assert given["resume"] is True and given["kernels"] == {"m2rnn": "reference"}
     assert given["recipe"] == PRESETS["nam56r-tiny"].with_overrides(["init_std=0.01", "mtp.num_depths=0"])
     assert fields.keys() == {*others, "recipe", "data", "out", "steps", "resume", "kernels"}
-    assert fields.keys() <= {*inspect.signature(cli.train).parameters, "kernels"}
+    assert fields.keys() <= {*inspect.signature(cli.training.train).parameters, "kernels"}
