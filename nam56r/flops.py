@@ -85,7 +85,7 @@ def dsa(recipe: Recipe, *, indexer: bool = True) -> Flops:
 def moe(recipe: Recipe) -> Flops:
     """Router, top_k routed experts, the shared expert."""
     e, shapes = recipe.moe, parameters.moe(recipe)
-    routed = 2 * e.top_k * 2 * e.ffn_hidden_size * recipe.hidden_size
+    routed = 2 * min(e.top_k, e.num_experts) * 2 * e.ffn_hidden_size * recipe.hidden_size
     return products(routed + _linears({k: v for k, v in shapes.items() if k not in ("w_up", "w_down")}))
 
 

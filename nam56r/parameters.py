@@ -144,7 +144,7 @@ def parameters(recipe: Recipe) -> dict[str, tuple[int, int]]:
     for number, role in enumerate(recipe.roles, 1):
         shapes = layer(recipe, number)
         total = size(shapes)
-        idle = (e.num_experts - e.top_k) * 2 * e.ffn_hidden_size * d if role == "moe" else 0
+        idle = max(e.num_experts - e.top_k, 0) * 2 * e.ffn_hidden_size * d if role == "moe" else 0
         before = counts[FAMILY[role]]
         counts[FAMILY[role]] = (before[0] + total, before[1] + total - idle)
     depths = recipe.mtp.num_depths * size(mtp(recipe))

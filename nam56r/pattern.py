@@ -73,25 +73,39 @@ class Pattern:
         return Pattern(((period * -(-depth // len(period)))[:depth],), self.mtp, self.mtp_depths)
 
 
+def shown(value: object) -> str:
+    """A value as an error message names it: repr, in one line of at most 100 characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python prints no int of more than 4300 digits
+        text = f"{type(value).__name__} too large to print"
+    return text if len(text) <= 100 else f"{text[:70]}… ({len(text)} characters)"
+
+
 def parse(text: str) -> Pattern:
-    """Read a pattern. Raises ValueError naming the character and its position (from 1), or what is empty."""
+    """Read a pattern. Raises ValueError naming the character and its position (from 1), or what is empty or too long."""
     if not isinstance(text, str):
-        raise ValueError(f"pattern is {text!r}, but must be text")
+        raise ValueError(f"pattern is {shown(text)}, but must be text")
     main, *suffixes = text.split("/")
     if not main:
-        raise ValueError(f"pattern {text!r} has no layers: write blocks of {_MEANING}")
+        raise ValueError(f"pattern {shown(text)} has no layers: write blocks of {_MEANING}")
     _only(text, main, 0, SYMBOLS + "|", f"blocks are {_MEANING}, stages are divided by |")
     segments = tuple(main.split("|"))
+    for count, what in ((sum(map(len, segments)), "layers"), (len(suffixes), "MTP depths")):
+        if count > MAX_DEPTH:
+            raise ValueError(f"pattern {shown(text)} spells {count} {what}, but {MAX_DEPTH} are the most")
     if not all(segments):
         empty = segments.index("") + 1
-        raise ValueError(f"pattern {text!r}: pipeline segment {empty} of {len(segments)} is empty")
+        raise ValueError(f"pattern {shown(text)}: pipeline segment {empty} of {len(segments)} is empty")
     start = len(main) + 1
     for depth, suffix in enumerate(suffixes, 1):
         if not suffix:
-            raise ValueError(f"pattern {text!r}: MTP depth {depth} is empty: write /+- for each depth")
+            raise ValueError(f"pattern {shown(text)}: MTP depth {depth} is empty: write /+- for each depth")
         _only(text, suffix, start, MTP_SYMBOLS, "an MTP depth has + (dense MLA) and - (dense MLP) only")
         if suffix != suffixes[0]:
-            raise ValueError(f"pattern {text!r}: MTP depth {depth} is {suffix}, but every depth must be {suffixes[0]}")
+            raise ValueError(
+                f"pattern {shown(text)}: MTP depth {depth} is {shown(suffix)}, but every depth must be {shown(suffixes[0])}"
+            )
         start += len(suffix) + 1
     return Pattern(segments, suffixes[0] if suffixes else "", len(suffixes))
 
@@ -99,4 +113,4 @@ def parse(text: str) -> Pattern:
 def _only(text: str, part: str, start: int, allowed: str, rule: str) -> None:
     for position, character in enumerate(part, start + 1):
         if character not in allowed:
-            raise ValueError(f"pattern {text!r}: unknown character {character!r} at position {position}: {rule}")
+            raise ValueError(f"pattern {shown(text)}: unknown character {character!r} at position {position}: {rule}")

@@ -12,14 +12,32 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from nam56r.pattern import Pattern, parse
+from nam56r.pattern import MAX_DEPTH, Pattern, parse, shown
 
-Count = Annotated[int, Field(strict=True, ge=1)]
-Index = Annotated[int, Field(strict=True, ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Coefficient = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LONGEST = 100_000  # characters of a recipe's YAML
+LARGEST = 2**31 - 1  # of any size: what kernels index with, and products of a few still fit a float
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+def _of_a_line(name: str) -> str:
+    if not name.isprintable() or not 1 <= len(name) <= 100 or name != name.strip():
+        raise ValueError("must be 1 to 100 printable characters, without blanks around them")
+    return name
+
+
+Count = Annotated[int, Field(strict=True, ge=1, le=LARGEST)]
+Index = Annotated[int, Field(strict=True, ge=0, le=LARGEST)]
+Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
+Coefficient = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)]
+Layer = Annotated[int, Field(strict=True)]
+Name = Annotated[str, AfterValidator(_of_a_line)]
 Role = Literal["mla", "dsa", "moe", "mamba3", "mamba2", "m2rnn"]
 
 
@@ -66,9 +84,12 @@ class Mamba(_Frozen):
 
 
 class MoE(_Frozen):
-    """The E slots: sigmoid scores with an expert bias, routed experts with relu², a shared SwiGLU expert."""
+    """The E slots: sigmoid scores with an expert bias, routed experts with relu², a shared SwiGLU expert.
 
-    num_experts: Count = 16
+    num_experts 0 is MoE off: the recipe stands, and its translation refuses every E slot.
+    """
+
+    num_experts: Index = 16
     top_k: Count = 4
     ffn_hidden_size: Count = 896
     shared_ffn_hidden_size: Count = 1024
@@ -87,7 +108,7 @@ class M2RNN(_Frozen):
 class MTP(_Frozen):
     """Multi-token prediction; each depth is one dense MLA and one dense SwiGLU block."""
 
-    num_depths: Index = 2
+    num_depths: Annotated[int, Field(strict=True, ge=0, le=MAX_DEPTH)] = 2
     loss_coeff: Coefficient = 0.1
 
 
@@ -98,12 +119,12 @@ class Recipe(_Frozen):
     Raises ValueError of one line that names every key at fault, its value, the rule and the remedy.
     """
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Name
     pattern: str = "AEMEAEMEAEMR"
     depth: Count = 52
     hidden_size: Count = 4096
     ffn_hidden_size: Count = 21504
-    vocab_size: Annotated[int, Field(strict=True, ge=2)] = 131_072
+    vocab_size: Annotated[int, Field(strict=True, ge=2, le=LARGEST)] = 131_072
     seq_length: Count = 4096
     norm_eps: Positive = 1e-5
     init_std: Positive = 0.02
@@ -113,13 +134,15 @@ class Recipe(_Frozen):
     moe: MoE = MoE()
     m2rnn: M2RNN = M2RNN()
     mtp: MTP = MTP()
-    features: dict[str, tuple[int, ...]] = {}
+    features: dict[Name, tuple[Layer, ...]] = {}
 
-    def __init__(self, **values: Any):
+    def __init__(self, /, **values: Any):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ValueError(f"recipe {values.get('name', 'without a name')}: {_one_line(error)}") from None
+            name = values.get("name", "without a name")
+            known = name if isinstance(name, str) and len(name) <= 100 else shown(name)
+            raise ValueError(_printable(f"recipe {known}: {_one_line(error)}")) from None
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -161,19 +184,22 @@ class Recipe(_Frozen):
         """A preset by name, or a YAML file by path. Raises ValueError of one line."""
         if str(name_or_path) in PRESETS:
             return PRESETS[str(name_or_path)]
-        path = Path(name_or_path)
+        where = shown(str(name_or_path))
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            with open(name_or_path, encoding="utf-8") as file:
+                text = file.read(LONGEST + 1)
         except FileNotFoundError:
             known = ", ".join(PRESETS)
-            message = f"unknown recipe {str(name_or_path)!r}: no such file, and the presets are {known}"
-            raise ValueError(message) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"recipe {path} can't be read: {error}") from None
-        except yaml.YAMLError as error:
-            raise ValueError(f"recipe {path} is no YAML: {' '.join(str(error).split())}") from None
+            raise ValueError(f"unknown recipe {where}: no such file, and the presets are {known}") from None
+        except (OSError, ValueError) as error:  # no file, not UTF-8, a name that no file can have
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"recipe {where} can't be read: {why}") from None
+        try:
+            values = _yaml(text)
+        except ValueError as error:
+            raise ValueError(f"recipe {where} is no YAML for a recipe: {error}") from None
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-            raise ValueError(f"recipe {path} must be a YAML mapping of the keys {', '.join(cls.model_fields)}")
+            raise ValueError(f"recipe {where} must be a YAML mapping of the keys {', '.join(cls.model_fields)}")
         return cls(**values)
 
     def save(self, path: str | Path) -> None:
@@ -190,12 +216,13 @@ class Recipe(_Frozen):
         for setting in settings:
             key, equals, text = setting.partition("=")
             key = key.strip()
+            setting = _printable(setting) if len(setting) <= 1000 else shown(setting)
             if not equals:
                 raise ValueError(f"--set {setting}: must be key=value, such as mla.kv_lora_rank=32")
             try:
-                value = yaml.safe_load(text)
-            except yaml.YAMLError:
-                raise ValueError(f"--set {setting}: the value is no YAML") from None
+                value = _yaml(text)
+            except ValueError as error:
+                raise ValueError(f"--set {setting}: the value is no YAML: {error}") from None
             *sections, last = key.split(".")
             target: Any = values
             for section in sections:
@@ -252,7 +279,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield f"mamba.ngroups = {mamba.ngroups}, but must divide the {r.mamba_heads} heads: choose a divisor"
     if mamba.kind == "mamba3" and mamba.d_state % 4:
         yield f"mamba.d_state = {mamba.d_state}, but a quarter of it are angles: make it a multiple of 4"
-    if moe.top_k > moe.num_experts:
+    if moe.num_experts and moe.top_k > moe.num_experts:
         yield f"moe.top_k = {moe.top_k}, but there are moe.num_experts = {moe.num_experts}: top_k can't be more"
     if mtp.num_depths >= r.seq_length:
         yield f"mtp.num_depths = {mtp.num_depths}, but must be less than seq_length = {r.seq_length}"
@@ -265,10 +292,51 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+class _Yaml(yaml.SafeLoader):
+    """Safe YAML of which a reader sees every value: no key twice, no aliases (a few nested ones expand to gigabytes)."""
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        if self.flow_level > 20:  # PyYAML takes seconds for a few thousand brackets
+            raise RecursionError
+        super().fetch_flow_collection_start(TokenClass)
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("an alias (*) isn't taken: write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        mapping = super().construct_mapping(node, deep=deep)
+        if len(mapping) < len(node.value):
+            keys = [key.value for key, _ in node.value]
+            twice = next((key for key in keys if keys.count(key) > 1), keys[-1])
+            raise ValueError(f"key {shown(twice)} is there twice: keep one")
+        return mapping
+
+
+def _yaml(text: str) -> Any:
+    """A YAML document as plain data. Raises ValueError of one line."""
+    if len(text) > LONGEST:
+        raise ValueError(f"it is longer than {LONGEST} characters")
+    try:
+        return yaml.load(text, _Yaml)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(_printable(f"line {error.problem_mark.line + 1}: {error.problem}")) from None
+    except Exception as error:  # YAMLError, and what PyYAML lets through for a value such as !!bool x or 2001-99-99
+        raise ValueError(_printable(" ".join(str(error).split())) or type(error).__name__) from None
+
+
+def _printable(text: str) -> str:
+    """Text with the escapes of a Python string for what isn't printable."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def _unknown(key: str) -> str:
     keys = list(_flat(Recipe(name="keys").model_dump()))
-    near = difflib.get_close_matches(key, keys, 1, 0.0) or keys
-    return f"unknown key {key}: the nearest is {near[0]}"
+    near = difflib.get_close_matches(key[:100], keys, 1, 0.0) or keys
+    return f"unknown key {_printable(key) if len(key) <= 100 else shown(key)}: the nearest is {near[0]}"
 
 
 def _one_line(error: ValidationError) -> str:
@@ -281,7 +349,7 @@ def _one_line(error: ValidationError) -> str:
         elif item["type"] == "missing":
             lines.append(f"{key} is missing")
         else:
-            lines.append(f"{key} = {item['input']!r}: {message}" if key else message)
+            lines.append(f"{key} = {shown(item['input'])}: {message}" if key else message)
     return "; ".join(lines)
 
 

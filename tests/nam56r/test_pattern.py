@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nam56r.pattern import MAX_DEPTH, SYMBOLS, parse
+from nam56r.pattern import MAX_DEPTH, SYMBOLS, parse, shown
+from nam56r.recipe import Recipe
 
 PERIOD = "AEMEAEMEAEMR"
 blocks = st.text(SYMBOLS, min_size=1, max_size=12)
@@ -39,6 +40,13 @@ def test_tiling_repeats_the_period_and_every_layer_is_counted_once(period, depth
         assert [tiled.rank(n) for n in numbers] == list(range(count))
 
 
+@given(st.text(SYMBOLS, min_size=12, max_size=12), st.integers(1, MAX_DEPTH))
+def test_a_period_of_12_at_a_depth_has_a_role_for_each_layer(period, depth):
+    recipe = Recipe(name="x", pattern=period, depth=depth)
+    assert len(recipe.roles) == depth
+    assert len(parse(period).layers) == 12
+
+
 def test_stages_and_suffix_outlive_tiling():
     assert str(parse("AEME|AEMR/+-/+-").tile(8)) == "AEME|AEMR/+-/+-"
     assert str(parse("AEMR/+-").tile(6)) == "AEMRAE/+-"
@@ -54,6 +62,13 @@ def test_stages_and_suffix_outlive_tiling():
         ("A+ME", r"'\+' at position 2"),
         ("A EM", "' ' at position 2"),
         ("АEME", "'А' at position 1"),  # a Cyrillic A
+        ("AＥME", "'Ｅ' at position 2"),  # a full-width E
+        ("A\u0301EME", "at position 2"),  # a combining acute accent
+        ("AEME\n", r"'\\n' at position 5"),
+        ("AE\u00a0ME", "at position 3"),
+        ("A" * 1025, "spells 1025 layers, but 1024 are the most"),
+        ("|".join("A" * 1025), "spells 1025 layers"),
+        ("A" + "/+-" * 1025, "spells 1025 MTP depths, but 1024"),
         ("AEM4", "'4' at position 4"),
         ("AEM４", "'４' at position 4"),
         ("AE||ME", "segment 2 of 3 is empty"),
@@ -72,7 +87,7 @@ def test_refuses(text, message):
         parse(text)
 
 
-@given(st.text(min_size=1, max_size=8))
+@given(st.text(min_size=1, max_size=8) | st.text("AEMR|/+-aＡ４ \u0301\n", min_size=1, max_size=12))
 def test_nothing_outside_the_grammar_passes(text):
     try:
         assert str(parse(text)) == text
@@ -98,3 +113,13 @@ def test_refuses_a_layer_and_a_symbol_that_are_not_there():
         parse("AEMR").rank(0)
     with pytest.raises(ValueError, match="no block symbol"):
         parse("AEMR").numbers("AE")
+
+
+@given(st.text() | st.integers() | st.recursive(st.none(), st.lists, max_leaves=3))
+def test_what_an_error_shows_is_one_short_line(value):
+    assert shown(value).isprintable() and len(shown(value)) <= 100
+
+
+def test_an_error_shows_what_python_can_not_print():
+    assert shown(10**5000) == "int too large to print"
+    assert shown("x" * 5000).endswith("… (5002 characters)")

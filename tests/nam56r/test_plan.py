@@ -13,6 +13,7 @@ from nam56r.kernels.registry import DEVICES, FAMILY, Device, Kernel, Problem, Sp
 from nam56r.plan import Plan, PlanRefused, make_plan
 from nam56r.problems import Workload
 from nam56r.recipe import PRESETS, Recipe
+from nam56r.translate import translate
 
 TINY, NAM56R, H200 = PRESETS["nam56r-tiny"], PRESETS["nam56r"], DEVICES["h200"]
 OPERATORS = {
@@ -45,7 +46,7 @@ def test_tiny_is_accepted_on_a_cpu():
     assert len(plan.mtp) == 1 and set(plan.mtp[0].kernels) == OPERATORS["mtp"]
     assert set(plan.head.kernels) == OPERATORS["head"]
     assert plan.slots[4].features == ("mla", "dsa") and plan.features == ("mtp",)
-    assert len(plan.notes) == 2
+    assert plan.notes == translate(TINY).custom_notes
 
 
 def test_slots_that_only_references_can_run_are_refused_on_a_gpu():
