@@ -1,19 +1,24 @@
-"""Memory of a training step on one device, estimated from the recipe and its plan before anything is built.
+"""Memory of a training step, estimated from the recipe and its plan before anything is built: one device, or each
+pipeline rank.
 
 An estimate to refuse with, not a measurement: it adds what lives through the step (weights, gradients, optimizer), what
-the forward keeps for the backward without recompute, and the largest workspace of the loss. Activations are counted
-per token as plain modules keep them; a reference kernel's own history is added where it runs.
+the forward keeps for the backward, and the largest workspace of the loss. Activations are counted per token as plain
+modules keep them; a reference kernel's own history is added where it runs.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 
+from nam56r import parameters
 from nam56r.kernels.registry import Device
-from nam56r.parameters import FAMILY, parameters
+from nam56r.parameters import FAMILIES, FAMILY
 from nam56r.plan import MEGATRON, Part, Plan, Slot
 from nam56r.recipe import Recipe
 
@@ -21,23 +26,51 @@ GIB = 2**30
 RUNTIME = 1 * GIB  # interpreter, libraries, a CUDA context, the allocator's slack
 LOGITS_BLOCK = 3 * 2**27  # three blocks of 2^25 fp32 logits, as the chunked loss holds them
 CHUNK = 64  # steps (mamba3: steps × rank) between the states that a reference scan keeps
+Recompute = Literal["none", "full"]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that one family of parameters and layers takes."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on one device; activations by family."""
+    """Bytes on one device. by_family has every name of `parameters.FAMILIES`; logits is the loss's share."""
 
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: dict[str, int]
+    by_family: dict[str, Held]
     logits: int
     runtime: int = RUNTIME
 
     @property
+    def weights(self) -> int:
+        return sum(held.weights for held in self.by_family.values())
+
+    @property
+    def gradients(self) -> int:
+        return sum(held.gradients for held in self.by_family.values())
+
+    @property
+    def optimizer(self) -> int:
+        return sum(held.optimizer for held in self.by_family.values())
+
+    @property
+    def activations(self) -> dict[str, int]:
+        """By family."""
+        return {family: held.activations for family, held in self.by_family.items()}
+
+    @property
     def total(self) -> int:
-        parts = (self.weights, self.gradients, self.optimizer, self.logits, self.runtime)
-        return sum(parts) + sum(self.activations.values())
+        return sum(held.total for held in self.by_family.values()) + self.logits + self.runtime
 
     def __str__(self) -> str:
         parts = {
@@ -52,32 +85,106 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, plan: Plan, *, expert_parallel: int = 1, optimizer_shards: int = 1) -> Estimate:
-    """Bytes of one training step on one device.
+    """Bytes of one training step on one device without pipeline: the one rank of `stages`."""
+    whole = (tuple(range(1, recipe.depth + 1)),)
+    (one,) = stages(recipe, plan, segments=whole, expert_parallel=expert_parallel, optimizer_shards=optimizer_shards)
+    return one
+
+
+def stages(
+    recipe: Recipe,
+    plan: Plan,
+    *,
+    segments: Sequence[Sequence[int]],
+    pipeline: int = 1,
+    expert_parallel: int = 1,
+    context_parallel: int = 1,
+    optimizer_shards: int = 1,
+    microbatches: int = 1,
+    recompute: Recompute = "none",
+) -> tuple[Estimate, ...]:
+    """Bytes of one training step on a device of each pipeline rank.
 
     plan               of this recipe: its dtype, micro-batch, tensor parallelism and kernels; a refused one will do
+    segments           layer numbers of each pipeline segment, in order; segment i is on rank i mod pipeline, so that
+                       len(segments) = pipeline × virtual stages
     expert_parallel    devices that the routed experts are spread over
+    context_parallel   devices that a sequence is spread over
     optimizer_shards   devices that share the optimizer's state (the distributed optimizer); 1 for none
+    microbatches       passes in one step; a rank holds the activations of those that its schedule has in flight
+    recompute          "full": a layer keeps its input only, and one layer at a time what it needs in its backward
 
     Megatron's mixed precision: weights in the plan's dtype, gradients in fp32, Adam's two moments in fp32, and for
-    16-bit weights an fp32 copy. Tensor parallelism splits all but R, the norms and the routed experts.
+    16-bit weights an fp32 copy. Tensor parallelism splits all but R, the norms and the routed experts. The first rank
+    has the embedding; the last one the MTP depths, the final norm, the head, and, where it isn't the first, the copy of
+    the embedding that Megatron's MTP reads. Raises ValueError for sizes that don't fit together.
     """
-    weights = _weights(recipe, plan.tensor_parallel, expert_parallel)
-    element = getattr(torch, plan.dtype).itemsize
-    tokens = plan.micro_batch * recipe.seq_length
-    activations: dict[str, int] = {}
-    for slot in plan.slots:
-        family = FAMILY[slot.role]
-        kept = _slot(recipe, plan, slot, element)
-        activations[family] = activations.get(family, 0) + int(tokens * kept)
-    activations["mtp"] = int(tokens * sum(_mtp(recipe, plan, part, element) for part in plan.mtp))
-    activations["head"] = tokens * 2 * recipe.hidden_size * element
-    return Estimate(
-        weights=weights * element,
-        gradients=weights * 4,
-        optimizer=weights * (12 if element < 4 else 8) // optimizer_shards,
-        activations=activations,
-        logits=_logits(recipe, plan, tokens, element),
+    _check_layout(
+        recipe,
+        segments,
+        recompute,
+        pipeline=pipeline,
+        expert_parallel=expert_parallel,
+        context_parallel=context_parallel,
+        optimizer_shards=optimizer_shards,
+        microbatches=microbatches,
     )
+    if pipeline == 1:
+        segments = [[layer for segment in segments for layer in segment]]
+    model = _Model(recipe, plan, expert_parallel, context_parallel, recompute)
+    ranks = []
+    for rank in range(pipeline):
+        last = rank == pipeline - 1
+        chunks = [
+            model.chunk(layers, first=i == 0, last=i == len(segments) - 1)
+            for i, layers in enumerate(segments)
+            if i % pipeline == rank
+        ]
+        counts = in_flight(rank, pipeline, microbatches, [sum(chunk.kept.values()) for chunk in chunks])
+        weights: dict[str, int] = defaultdict(int)
+        activations: dict[str, int] = defaultdict(int)
+        for chunk, count in zip(chunks, counts, strict=True):
+            for family, number in chunk.parameters.items():
+                weights[family] += number
+            for family, size in chunk.kept.items():
+                activations[family] += count * size
+        family, size = max((chunk.working for chunk in chunks), key=lambda working: working[1])
+        activations[family] += size
+        ranks.append(
+            Estimate(
+                {family: model.held(weights[family], activations[family], optimizer_shards) for family in FAMILIES},
+                logits=counts[-1] * model.logits() if last else 0,
+            )
+        )
+    return tuple(ranks)
+
+
+def in_flight(rank: int, pipeline: int, microbatches: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    """How many microbatches each chunk of a pipeline rank holds when together they take most.
+
+    sizes has the bytes that one microbatch keeps in each of the rank's chunks (virtual stages). The order is that of
+    Megatron's 1F1B for one chunk and of its interleaved schedule for more, with groups of `pipeline` microbatches:
+    warm-up forwards, then a forward and a backward in turn, backwards through the chunks in reverse.
+    """
+    chunks = len(sizes)
+    order = [
+        chunk
+        for start in range(0, microbatches, pipeline)
+        for chunk in range(chunks)
+        for _ in range(start, min(start + pipeline, microbatches))
+    ]
+    behind = pipeline - rank - 1
+    warm_up = behind if chunks == 1 else 2 * behind + (chunks - 1) * pipeline
+    live = [0] * chunks
+    peak, most = tuple(live), -1
+    for step, chunk in enumerate(order):
+        live[chunk] += 1
+        held = sum(count * size for count, size in zip(live, sizes, strict=True))
+        if held > most:
+            peak, most = tuple(live), held
+        if step >= warm_up:
+            live[chunks - 1 - order[step - warm_up]] -= 1
+    return peak
 
 
 def available(device: Device) -> int | None:
@@ -112,12 +219,106 @@ def check(estimated: Estimate, device: Device, free: int | None) -> None:
     )
 
 
-def _weights(recipe: Recipe, tensor_parallel: int, expert_parallel: int) -> int:
-    counts = {family: total for family, (total, _) in parameters(recipe).items()}
-    e = recipe.moe
-    routed = recipe.layers.counts["E"] * e.num_experts * 2 * e.ffn_hidden_size * recipe.hidden_size
-    whole = counts.pop("m2rnn") + counts.pop("norm")
-    return whole + routed // expert_parallel + (sum(counts.values()) - routed) // tensor_parallel
+def _check_layout(recipe: Recipe, segments: Sequence[Sequence[int]], recompute: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}, but must be a whole number from 1")
+    if recompute not in get_args(Recompute):
+        raise ValueError(f"recompute is {recompute!r}, but must be one of {', '.join(get_args(Recompute))}")
+    if [layer for segment in segments for layer in segment] != list(range(1, recipe.depth + 1)):
+        raise ValueError(f"segments is {segments}, but must have each layer from 1 to {recipe.depth} once, in order")
+    if len(segments) % sizes["pipeline"]:
+        raise ValueError(
+            f"pipeline is {sizes['pipeline']}, but must divide the number of segments, which is {len(segments)}"
+        )
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """One segment: parameters and, for one microbatch, bytes kept, by family; the working set of a recomputed layer."""
+
+    parameters: dict[str, int]
+    kept: dict[str, int]
+    working: tuple[str, int]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What every pipeline rank shares."""
+
+    recipe: Recipe
+    plan: Plan
+    expert_parallel: int
+    context_parallel: int
+    recompute: Recompute
+
+    @property
+    def element(self) -> int:
+        return getattr(torch, self.plan.dtype).itemsize
+
+    @property
+    def tokens(self) -> float:
+        """Of one microbatch on one device."""
+        return self.plan.micro_batch * self.recipe.seq_length / self.context_parallel
+
+    def chunk(self, layers: Sequence[int], *, first: bool, last: bool) -> _Chunk:
+        recipe, vocabulary = self.recipe, self.recipe.vocab_size * self.recipe.hidden_size
+        count: dict[str, int] = defaultdict(int)
+        kept: dict[str, int] = defaultdict(int)
+        working = ("norm", 0)
+        for number in layers:
+            count[FAMILY[recipe.roles[number - 1]]] += self._parameters(number)
+            count["norm"] += recipe.hidden_size
+        if last:
+            count["norm"] += recipe.hidden_size
+            count["mtp"] += recipe.mtp.num_depths * (
+                parameters.size(parameters.mtp(recipe)) // self.plan.tensor_parallel
+            )
+            count["head"] += vocabulary // self.plan.tensor_parallel
+            kept["head"] = int(self.tokens * 2 * recipe.hidden_size * self.element)
+        if first or (last and recipe.mtp.num_depths):
+            count["embedding"] += vocabulary // self.plan.tensor_parallel
+        for family, inputs, size in self._activations(layers, mtp=last):
+            if self.recompute == "full":
+                kept[family] += int(self.tokens * inputs)
+                working = max(working, (family, int(self.tokens * (size - inputs))), key=lambda pair: pair[1])
+            else:
+                kept[family] += int(self.tokens * size)
+        return _Chunk(count, kept, working)
+
+    def held(self, weights: int, activations: int, optimizer_shards: int) -> Held:
+        moments = 12 if self.element < 4 else 8
+        return Held(weights * self.element, weights * 4, weights * moments // optimizer_shards, activations)
+
+    def logits(self) -> int:
+        """The loss's share: whole logits, kept for each depth, where the kernel stores them; a few blocks where not."""
+        recipe, plan = self.recipe, self.plan
+        whole = int(self.tokens * recipe.vocab_size) // plan.tensor_parallel
+        passes = 1 + len(plan.mtp)
+        kernel = plan.head.kernels.get("linear_cross_entropy")
+        if kernel == "reference":
+            return whole * 4 * (passes + 2)
+        if kernel == MEGATRON:
+            return whole * ((self.element + 4) * passes + 4)
+        return min(LOGITS_BLOCK, whole * 12) + int(self.tokens * recipe.hidden_size * 4)
+
+    def _parameters(self, number: int) -> int:
+        """Of one layer, on one device, without its input norm."""
+        shapes = parameters.layer(self.recipe, number)
+        whole = parameters.size(shapes)
+        if self.recipe.roles[number - 1] == "m2rnn":
+            return whole
+        routed = parameters.size({name: shape for name, shape in shapes.items() if name in ("w_up", "w_down")})
+        return routed // self.expert_parallel + (whole - routed) // self.plan.tensor_parallel
+
+    def _activations(self, layers: Sequence[int], *, mtp: bool) -> Iterator[tuple[str, float, float]]:
+        """(family, bytes a token of its inputs, bytes a token of all that it keeps) of each layer and MTP depth."""
+        row = self.recipe.hidden_size * self.element
+        for number in layers:
+            slot = self.plan.slots[number - 1]
+            yield FAMILY[slot.role], row, _slot(self.recipe, self.plan, slot, self.element)
+        for part in self.plan.mtp if mtp else ():
+            yield "mtp", 2 * row, _mtp(self.recipe, self.plan, part, self.element)
 
 
 def _slot(recipe: Recipe, plan: Plan, slot: Slot, element: int) -> float:
@@ -196,15 +397,3 @@ def _mtp(recipe: Recipe, plan: Plan, part: Part, element: int) -> float:
     """One depth: the concatenated input and its norms, MLA, SwiGLU, the final norm."""
     d, ffn = recipe.hidden_size, recipe.ffn_hidden_size / plan.tensor_parallel
     return _mla(recipe, plan, part, element) + element * (12 * d + 5 * ffn)
-
-
-def _logits(recipe: Recipe, plan: Plan, tokens: int, element: int) -> int:
-    """The loss's share: whole logits, kept for each depth, where the kernel stores them; a few blocks where not."""
-    whole = tokens * recipe.vocab_size // plan.tensor_parallel
-    passes = 1 + len(plan.mtp)
-    kernel = plan.head.kernels.get("linear_cross_entropy")
-    if kernel == "reference":
-        return whole * 4 * (passes + 2)
-    if kernel == MEGATRON:
-        return whole * ((element + 4) * passes + 4)
-    return min(LOGITS_BLOCK, whole * 12) + tokens * recipe.hidden_size * 4

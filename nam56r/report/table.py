@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from nam56r.memory import GIB, estimate
 from nam56r.parameters import parameters
 from nam56r.plan import Part, Plan
 from nam56r.recipe import Recipe
@@ -18,16 +19,17 @@ def render(plan: Plan, recipe: Recipe, width: int = 80) -> str:
     where = f"{plan.device}, {plan.dtype}, micro-batch {plan.micro_batch}, TP {plan.tensor_parallel}"
     lines = [
         f"{plan.recipe} on {where}: {'accepted' if plan.accepted else 'refused'}",
-        *_totals(plan, recipe),
+        *(wrap(line, width, 2) for line in _totals(plan, recipe)),
         "",
         _row("slot", "kernel", "reason", width),
         "-" * width,
     ]
-    for heading, part, reasons in _groups(plan):
+    for heading, members, reasons in groups(plan):
         lines.append(wrap(heading, width, 10))
-        lines += [_row(f"  {op}", part.kernels.get(op, "REFUSED"), why, width) for op, why in reasons.items()]
+        kernels = members[0].part.kernels
+        lines += [_row(f"  {op}", kernels.get(op, "REFUSED"), why, width) for op, why in reasons.items()]
     lines += [wrap(f"note: {note}", width, 6) for note in plan.notes]
-    asked = {(place.layer, operator) for place in _places(plan) for operator in place.part.shapes}
+    asked = {(place.layer, operator) for place in places(plan) for operator in place.part.shapes}
     for refusal in plan.refusals:
         if (refusal.layer, refusal.operator) not in asked:
             at = f"layer {refusal.layer}" if isinstance(refusal.layer, int) else refusal.layer
@@ -53,7 +55,8 @@ class Place(NamedTuple):
     part: Part
 
 
-def _places(plan: Plan) -> list[Place]:
+def places(plan: Plan) -> list[Place]:
+    """Every slot, MTP depth and the head, in order."""
     return [
         *(Place(slot.layer, f"{slot.symbol} {slot.role}", slot.seams, slot) for slot in plan.slots),
         *(Place(f"mtp {depth}", "MTP", (), part) for depth, part in enumerate(plan.mtp, 1)),
@@ -61,11 +64,11 @@ def _places(plan: Plan) -> list[Place]:
     ]
 
 
-def _groups(plan: Plan) -> Iterator[tuple[str, Part, dict[str, str]]]:
-    """(heading, one of the parts, reason by operator) for parts with the same role, seams and choices."""
+def groups(plan: Plan) -> Iterator[tuple[str, list[Place], dict[str, str]]]:
+    """(heading, members, reason by operator) for the parts with the same role, seams and choices."""
     refused = {(refusal.layer, refusal.operator): "; ".join(refusal.reasons) for refusal in plan.refusals}
     alike: dict[tuple, list[Place]] = {}
-    for place in _places(plan):
+    for place in places(plan):
         part = place.part
         reasons = tuple((op, refused.get((place.layer, op)) or part.reasons[op]) for op in part.shapes)
         alike.setdefault((place.name, place.seams, tuple(part.kernels.items()), reasons), []).append(place)
@@ -74,24 +77,37 @@ def _groups(plan: Plan) -> Iterator[tuple[str, Part, dict[str, str]]]:
         noun = ("depth" if name == "MTP" else "layer") + "s" * (len(members) > 1)
         heading = name if name == "head" else f"{name}  {noun} {numbers}"
         seam = f"  [seam: {', '.join(seams)}, custom code in Megatron]" if seams else ""
-        yield heading + seam, members[0].part, dict(reasons)
+        yield heading + seam, members, dict(reasons)
 
 
-def _totals(plan: Plan, recipe: Recipe) -> tuple[str, str]:
+def counts(plan: Plan) -> str:
+    """Layers by symbol, and the MTP depths: "13 A (9 sparse), 22 E, 13 M, 4 R, 2 MTP"."""
     sparse = sum(slot.role == "dsa" for slot in plan.slots)
-    counts = ", ".join(
+    by_symbol = (
         f"{count} {symbol}" + (f" ({sparse} sparse)" if symbol == "A" and sparse else "")
         for symbol, count in plan.counts.items()
     )
+    return f"{', '.join(by_symbol)}, {len(plan.mtp)} MTP"
+
+
+def size(recipe: Recipe) -> str:
+    """The parameters, and how many of them one token meets."""
     total, active = (sum(family) for family in zip(*parameters(recipe).values(), strict=True))
+    return f"{short(total)} parameters, {short(active)} active"
+
+
+def _totals(plan: Plan, recipe: Recipe) -> tuple[str, str, str]:
+    estimated = estimate(recipe, plan)
     forward, backward = plan.flops_per_token["forward"], plan.flops_per_token["backward"]
     return (
-        f"{counts}, {len(plan.mtp)} MTP; {_short(total)} parameters, {_short(active)} active",
-        f"{_short(forward + backward)}FLOP a token: {_short(forward)} forward, {_short(backward)} backward",
+        f"{counts(plan)}; {size(recipe)}",
+        f"{short(forward + backward)}FLOP a token: {short(forward)} forward, {short(backward)} backward",
+        f"{estimated.total / GIB:.2f} GiB estimated on one device: {estimated}",
     )
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
+    """Three digits and a prefix, for a unit to follow: "12.3 G"."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g} {unit}"

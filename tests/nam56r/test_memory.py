@@ -1,12 +1,20 @@
 """The memory estimate, against what a model keeps for its backward and against the published pains."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nam56r.kernels.registry import DEVICES
-from nam56r.memory import GIB, Estimate, available, check, estimate
+from nam56r.memory import GIB, Estimate, Held, available, check, estimate, in_flight, stages
 from nam56r.parameters import parameters
-from nam56r.plan import PlanRefused, make_plan
+from nam56r.plan import MEGATRON, PlanRefused, make_plan
 from nam56r.recipe import PRESETS
 
 TINY, NAM56R = PRESETS["nam56r-tiny"], PRESETS["nam56r"]
@@ -62,9 +70,29 @@ def test_chunked_loss_saves_the_published_logits():
     assert chunked.logits < 1 * GIB
 
 
+def test_stored_logits_are_the_published_ones():
+    """Published: 12 GiB of logits for the head, 21 GiB for MTP, at micro-batch 4 as bf16 and their fp32 copy."""
+    plan = planned(NAM56R, micro_batch=4)
+    kernels = {"linear_cross_entropy": MEGATRON}
+    whole = plan.model_copy(update={"head": plan.head.model_copy(update={"kernels": kernels})})
+    one = 12 * GIB
+    assert 4 * 4096 * 131072 * (2 + 4) == one
+    gradient = 4 * 4096 * 131072 * 4
+    assert estimate(NAM56R, whole).logits == 3 * one + gradient  # the head and two depths
+    assert 2 * one == pytest.approx(21 * GIB, rel=0.15)
+
+
+def test_fast_kernels_keep_nothing_quadratic():
+    """Published: 45 GiB of dense index scores. Nothing here grows with S²: twice the sequence keeps twice as much."""
+    longer = NAM56R.with_overrides(["seq_length=8192"])
+    base, twice = estimate(NAM56R, planned(NAM56R)), estimate(longer, planned(longer))
+    for family, size in base.activations.items():
+        assert twice.activations[family] == pytest.approx(2 * size, abs=64), family
+
+
 def test_refuses_what_does_not_fit():
     cpu = DEVICES["cpu"]
-    small = Estimate(1, 2, 3, {"moe": 4}, 5, runtime=6)
+    small = Estimate({"moe": Held(1, 2, 3, 4)}, 5, runtime=6)
     assert small.total == 21
     check(small, cpu, 21)
     check(small, cpu, None)
@@ -124,3 +152,153 @@ def _kept(model, recipe, plan):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         model(tokens, positions, None, labels=tokens)
     return kept
+
+
+def halves(recipe, *lengths):
+    """Segments of these lengths."""
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    assert ends[-1] == recipe.depth
+    return tuple(tuple(range(end - length + 1, end + 1)) for length, end in zip(lengths, ends, strict=True))
+
+
+def kept(one):
+    return sum(one.activations.values())
+
+
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 20), st.data())
+def test_in_flight_is_megatrons_schedule(pipeline, chunks, microbatches, data):
+    chunks = chunks if pipeline > 1 else 1
+    rank = data.draw(st.integers(0, pipeline - 1))
+    sizes = data.draw(st.lists(st.integers(1, 9), min_size=chunks, max_size=chunks))
+    communicator = SimpleNamespace(
+        pp_group=SimpleNamespace(size=lambda: pipeline, rank=lambda: rank),
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+    )
+    total, _, warm_up, _ = get_pp_rank_microbatches(microbatches, chunks, pipeline, p2p_communicator=communicator)
+    table = get_schedule_table(microbatches, chunks, pipeline)
+    live, most = set(), 0
+    for step in range(total + warm_up):
+        if step < total:
+            live.add(table[step])
+        most = max(most, sum(sizes[chunk] for _, chunk in live))
+        if step >= warm_up:
+            microbatch, chunk = table[step - warm_up]
+            live.remove((microbatch, chunks - 1 - chunk))
+    assert not live
+    counts = in_flight(rank, pipeline, microbatches, sizes)
+    assert sum(count * size for count, size in zip(counts, sizes, strict=True)) == most
+    if chunks == 1:
+        assert counts == (min(pipeline - rank, microbatches),)
+
+
+def test_one_stage_is_the_estimate():
+    plan = planned(NAM56R, micro_batch=2)
+    whole = estimate(NAM56R, plan, expert_parallel=4, optimizer_shards=8)
+    for segments in (halves(NAM56R, 52), halves(NAM56R, 20, 32)):  # no pipeline: segments don't matter
+        options = dict(expert_parallel=4, optimizer_shards=8, microbatches=16)
+        assert stages(NAM56R, plan, segments=segments, **options) == (whole,)
+    assert whole.by_family.keys() == parameters(NAM56R).keys()
+    assert whole.total == sum(held.total for held in whole.by_family.values()) + whole.logits + whole.runtime
+
+
+def test_families_have_the_recipes_parameters():
+    for family, held in estimate(NAM56R, planned(NAM56R)).by_family.items():
+        count = parameters(NAM56R)[family][0]
+        assert (held.weights, held.gradients, held.optimizer) == (2 * count, 4 * count, 12 * count)
+
+
+def test_pipeline_spreads_layers_and_keeps_an_embedding_for_mtp():
+    plan = planned(NAM56R, micro_batch=4)
+    whole = estimate(NAM56R, plan)
+    ranks = stages(NAM56R, plan, segments=halves(NAM56R, 13, 13, 13, 13), pipeline=4)
+    vocabulary = 2 * 131072 * 4096
+    assert sum(rank.weights for rank in ranks) == whole.weights + vocabulary
+    assert [rank.by_family["embedding"].weights for rank in ranks] == [vocabulary, 0, 0, vocabulary]
+    assert [rank.by_family["head"].weights for rank in ranks] == [0, 0, 0, vocabulary]
+    assert [bool(rank.by_family["mtp"].total) for rank in ranks] == [False, False, False, True]
+    assert [rank.logits for rank in ranks] == [0, 0, 0, whole.logits]
+    # one microbatch, so that every layer's activations are kept once
+    assert sum(kept(rank) for rank in ranks) == kept(whole)
+    plain = NAM56R.with_overrides(["mtp.num_depths=0"])
+    ranks = stages(plain, planned(plain), segments=halves(plain, 26, 26), pipeline=2)
+    assert sum(rank.weights for rank in ranks) == 2 * sum(total for total, _ in parameters(plain).values())
+
+
+def test_microbatches_in_flight_multiply_activations():
+    plan = planned(NAM56R)
+    segments = halves(NAM56R, 13, 13, 13, 13)
+    one = stages(NAM56R, plan, segments=segments, pipeline=4)
+    many = stages(NAM56R, plan, segments=segments, pipeline=4, microbatches=64)
+    few = stages(NAM56R, plan, segments=segments, pipeline=4, microbatches=2)
+    assert [kept(rank) for rank in many] == [(4 - i) * kept(rank) for i, rank in enumerate(one)]
+    assert [kept(rank) for rank in few] == [min(4 - i, 2) * kept(rank) for i, rank in enumerate(one)]
+    assert [rank.weights for rank in many] == [rank.weights for rank in one]
+    assert many[-1].logits == one[-1].logits
+    # the published profile: PP 2, VPP 2. Rank 0 has five passes through a chunk in flight, rank 1 three
+    interleaved = stages(NAM56R, plan, segments=segments, pipeline=2, microbatches=16)
+    sizes = [kept(rank) for rank in one]
+    assert [kept(rank) for rank in interleaved] == [3 * sizes[0] + 2 * sizes[2], 2 * sizes[1] + sizes[3]]
+
+
+def test_context_parallelism_divides_tokens_and_nothing_else():
+    plan = planned(NAM56R, micro_batch=2)
+    one = stages(NAM56R, plan, segments=halves(NAM56R, 26, 26), pipeline=2, microbatches=4)
+    two = stages(NAM56R, plan, segments=halves(NAM56R, 26, 26), pipeline=2, microbatches=4, context_parallel=2)
+    for whole, half in zip(one, two, strict=True):
+        assert (half.weights, half.gradients, half.optimizer) == (whole.weights, whole.gradients, whole.optimizer)
+        assert all(
+            half.activations[family] * 2 == pytest.approx(size, abs=99) for family, size in whole.activations.items()
+        )
+    assert two[1].logits < one[1].logits
+
+
+def test_full_recompute_keeps_inputs_and_one_layer():
+    plan = planned(NAM56R)
+    tokens, row = 4096, 2 * 4096
+    none = estimate(NAM56R, plan)
+    (full,) = stages(NAM56R, plan, segments=halves(NAM56R, 52), recompute="full")
+    counts = {"attention": 13, "moe": 22, "mamba": 13, "m2rnn": 4, "mtp": 2 * 2}
+    over = {family: full.activations[family] - tokens * row * count for family, count in counts.items()}
+    depth = none.activations["mtp"] // 2 - 2 * tokens * row
+    assert over == {family: depth if family == "mtp" else 0 for family in counts}  # an MTP depth keeps most
+    assert full.activations["head"] == none.activations["head"]
+    assert (full.weights, full.logits) == (none.weights, none.logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pipeline": 0}, "pipeline is 0, but must be a whole number from 1"),
+        ({"microbatches": 0}, "microbatches is 0, but must be a whole number from 1"),
+        ({"recompute": "half"}, "recompute is 'half', but must be one of none, full"),
+        ({"pipeline": 2}, "pipeline is 2, but must divide the number of segments, which is 1"),
+        ({"segments": ((1, 2, 3),)}, "segments is .* but must have each layer from 1 to 12 once, in order"),
+        ({"segments": (range(2, 13), (1,))}, "segments is .* but must have each layer from 1 to 12 once, in order"),
+    ],
+)
+def test_sizes_that_do_not_fit_together_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        stages(TINY, planned(TINY, "cpu"), **({"segments": halves(TINY, 12)} | options))
+
+
+@pytest.mark.parametrize("depths", [0, 1])
+def test_each_ranks_weights_are_those_of_megatrons_model(monkeypatch, depths):
+    """The real model of either of two pipeline ranks, in a process group that only pretends."""
+    from nam56r.megatron.cpu import cpu_mode
+    from nam56r.megatron.model import build_model
+    from nam56r.megatron.parallel import destroy
+
+    recipe = TINY.with_overrides(["pattern=AEMEA|EMEAEMR", f"mtp.num_depths={depths}"])
+    plan = planned(recipe, "cpu", dtype=torch.float32)
+    estimated = stages(recipe, plan, segments=halves(recipe, 5, 7), pipeline=2)
+    cpu_mode()
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)  # Megatron's copy of the embedding asks for it
+    for rank in range(2):
+        torch.distributed.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
+        try:
+            parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2, create_gloo_process_groups=False)
+            model_parallel_cuda_manual_seed(1, inference_rng_tracker=True, force_reset_rng=True)
+            model = build_model(recipe, plan, device=torch.device("cpu"), dtype=torch.float32)
+        finally:
+            destroy()
+        assert estimated[rank].weights == sum(parameter.numel() * 4 for parameter in model.parameters())
