@@ -6,7 +6,7 @@ choice; nothing decides again at run time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nam56r import flops
 from nam56r.features import global_features
-from nam56r.kernels.registry import Device, NoKernel, Problem, Spec, candidates, select
+from nam56r.kernels.registry import FAMILY, Device, NoKernel, Problem, Spec, candidates, select
 from nam56r.problems import Workload
 from nam56r.recipe import Recipe, Role
 from nam56r.translate import Refusal, translate
@@ -169,6 +169,19 @@ def make_plan(
     if refusals:
         raise PlanRefused(plan)
     return plan
+
+
+def kernels_named(settings: Iterable[str]) -> dict[str, str]:
+    """["operator=name", …] as a mapping. Raises ValueError for an unknown operator or a missing =."""
+    chosen = {}
+    for setting in settings:
+        operator, _, name = setting.partition("=")
+        if not name:
+            raise ValueError(f"--kernel is {setting!r}, but must be operator=name, such as m2rnn=reference")
+        if operator not in FAMILY:
+            raise ValueError(f"--kernel names the operator {operator!r}, but must name one of {', '.join(FAMILY)}")
+        chosen[operator] = name
+    return chosen
 
 
 def _without_module(role: str, *, indexer: bool) -> dict[str, str]:

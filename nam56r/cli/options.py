@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -33,18 +32,3 @@ def device_named(name: str) -> Device:
     if name not in DEVICES:
         raise ValueError(f"--device is {name!r}, but must be here or one of {', '.join(DEVICES)}")
     return DEVICES[name]
-
-
-def pairs(settings: Iterable[str]) -> dict[str, str]:
-    """["operator=name", …] as a mapping; an unknown operator or a missing = is a ValueError."""
-    from nam56r.kernels.registry import FAMILY
-
-    chosen = {}
-    for setting in settings:
-        operator, _, name = setting.partition("=")
-        if not name:
-            raise ValueError(f"--kernel is {setting!r}, but must be operator=name, such as m2rnn=reference")
-        if operator not in FAMILY:
-            raise ValueError(f"--kernel names the operator {operator!r}, but must name one of {', '.join(FAMILY)}")
-        chosen[operator] = name
-    return chosen

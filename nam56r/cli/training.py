@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from nam56r.cli.app import FAILED, INTERRUPTED, REFUSED, app, one_line
-from nam56r.cli.options import KernelOption, RecipeOption, SetOption, pairs, width
+from nam56r.cli.options import KernelOption, RecipeOption, SetOption, width
 
 
 @app.command()
@@ -45,7 +45,7 @@ def train(
     Several processes: `torchrun --nproc-per-node N -m nam56r train …`. Ctrl-C saves; `--resume` goes on. Exit code 3
     when the plan is refused.
     """
-    from nam56r.plan import PlanRefused
+    from nam56r.plan import PlanRefused, kernels_named
     from nam56r.recipe import Recipe
     from nam56r.report import table
     from nam56r.train import Diverged, TrainOptions, run
@@ -56,7 +56,7 @@ def train(
         out=out,
         steps=steps,
         resume=resume,
-        kernels=pairs(kernel),
+        kernels=kernels_named(kernel),
         device=device,
         tp=tp,
         ep=ep,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import queue
 import random
 from pathlib import Path
 from typing import Any
@@ -12,53 +10,25 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from nam56r.megatron.engine import Engine
-from nam56r.megatron.patches import VERSIONS, Patch, apply_patches
-
-
-def _results_in_process() -> None:
-    filesystem_async._results_queue = queue.Queue()
-
-
-PATCHES = (
-    Patch(
-        "checkpoint-results",
-        "megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue",
-        "a synchronous save needs no manager process for its results; that one takes seconds to start, imports "
-        "__main__ again, and outlives a run that is killed",
-        VERSIONS,
-        _results_in_process,
-        lambda: isinstance(filesystem_async._results_queue, queue.Queue),
-    ),
-)
+from nam56r.megatron.patches import apply_patches
 
 
 def save(engine: Engine, folder: Path) -> None:
     """Write the engine's state into an empty folder. All ranks call it together; a shard is on disk when it returns."""
-    apply_patches(PATCHES)
-    # every synchronous save warns that asynchronous saves will go elsewhere
-    logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
+    apply_patches("checkpoint")
     dist_checkpointing.save(_state(engine, loading=False), str(folder))
 
 
 def load(engine: Engine, folder: Path) -> None:
     """Put what `save` wrote into an engine of the same recipe, in place. Other data-parallel sizes can load it too."""
-    for part in getattr(engine.optimizer, "chained_optimizers", ()):
-        # Megatron's distributed optimizer loads into moments that are there already
-        part._init_optimizer_states_with_dummy_values()
+    apply_patches("checkpoint")
     state = dist_checkpointing.load(_state(engine, loading=True), str(folder))
     engine.model.load_state_dict(state["model"])
-    with torch.no_grad():  # Megatron copies into views of fp32 parameters, which are leaves
-        engine.optimizer.load_state_dict(state["optimizer"])
+    engine.optimizer.load_state_dict(state["optimizer"])
     engine.schedule.load_state_dict(state["schedule"])
-    for part in getattr(engine.optimizer, "chained_optimizers", ()):
-        # with torch's AdamW it restores the wrong count, and as one tensor that every parameter's step adds to
-        for moments in part.optimizer.state.values():
-            if "step" in moments:
-                moments["step"] = torch.full_like(moments["step"], engine.schedule.num_steps)
     _set_generators(state["generators"])
 
 

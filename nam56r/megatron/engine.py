@@ -17,19 +17,18 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
-    ParamKey,
     _get_param_groups,
     get_megatron_optimizer,
-    get_standard_config_overrides,
 )
 from megatron.core.optimizer.optimizer import FP32Optimizer
-from megatron.core.optimizer.optimizer_config import ParamPredicate
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
 from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossLoggingHelper
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+from nam56r.megatron.patches import group_overrides
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -95,7 +94,7 @@ class Engine:
         )
         if cuda:
             self.optimizer = get_megatron_optimizer(
-                optimizer, [self.ddp], config_overrides=_overrides(optimizer), use_gloo_process_groups=False
+                optimizer, [self.ddp], config_overrides=group_overrides(optimizer), use_gloo_process_groups=False
             )
             self.config.grad_scale_func = self.optimizer.scale_loss
         else:
@@ -193,7 +192,7 @@ class MainGradAdamW(FP32Optimizer):
 
     def __init__(self, ddp: DistributedDataParallel, config: OptimizerConfig):
         adam = torch.optim.AdamW(
-            _get_param_groups([ddp], config, _overrides(config)),
+            _get_param_groups([ddp], config, group_overrides(config)),
             lr=config.lr,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
@@ -222,19 +221,6 @@ class MainGradAdamW(FP32Optimizer):
         norm = square.sqrt()
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
         return norm.item()
-
-
-def _overrides(config: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
-    """Megatron's own parameter groups (no decay of vectors), no decay where a module says so, and fp32 apart.
-
-    Megatron's distributed optimizer takes one parameter's state for another's when it saves a group that mixes
-    fp32 parameters with bf16 ones; the last override changes no value and keeps them in groups of their own.
-    """
-    fp32 = ParamPredicate("fp32", lambda parameter: parameter.dtype == torch.float32)
-    return get_standard_config_overrides(config) | {
-        ParamKey(attr="_no_weight_decay"): ParamGroupOverride(wd_mult=0.0),
-        ParamKey(predicate=fp32): ParamGroupOverride(start_wd=config.weight_decay, end_wd=config.weight_decay),
-    }
 
 
 def _init_state(adam: torch.optim.Optimizer, config: OptimizerConfig) -> None:

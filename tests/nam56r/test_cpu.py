@@ -1,6 +1,7 @@
 """Megatron on the CPU: what stands in for CUDA, and a world of one process."""
 
 import logging
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -8,16 +9,14 @@ from megatron.core import parallel_state
 
 from nam56r.megatron import cpu
 from nam56r.megatron.parallel import data_parallel, destroy, initialize, pick_device
+from nam56r.megatron.patches import patches_of
 
 
 @pytest.fixture
 def cuda_as_it_was(monkeypatch):
     """Undoes the stand-ins, so that other tests find torch as it is."""
-    stance = cpu._stance().stance
-    for name in ("current_device", "current_stream", "Stream", "synchronize"):
-        monkeypatch.setattr(torch.cuda, name, getattr(torch.cuda, name))
-    yield
-    torch.compiler.set_stance(stance)
+    for patch in patches_of("cpu"):
+        monkeypatch.setattr(patch.target, resolve_name(patch.target))
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def test_cpu_mode_says_so_once(out_of_cpu_mode, caplog):
         cpu.cpu_mode()
     assert cpu.is_on()
     (said,) = [record.getMessage() for record in caplog.records]
-    assert all(patch.target in said and patch.reason and patch.verify() for patch in cpu.STAND_INS)
+    assert all(patch.target in said and patch.verify() for patch in patches_of("cpu"))
     assert torch.zeros(2, device=torch.cuda.current_device()).device.type == "cpu"
     torch.cuda.current_stream().wait_stream(torch.cuda.Stream())
     torch.cuda.synchronize()

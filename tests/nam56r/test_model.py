@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-import megatron.core
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import build_module
 
 from nam56r.kernels.registry import DEVICES
-from nam56r.megatron import patches, specs
+from nam56r.megatron import specs
 from nam56r.megatron.attention import DenseAttention, SparseCore
 from nam56r.megatron.config import transformer_config
 from nam56r.megatron.mamba import Mamba3Mixer
@@ -256,15 +255,6 @@ def test_packed_sequences_are_separate_ones(model):
                     apart.append(out[0] if isinstance(out, tuple) else out)
             torch.testing.assert_close(together, torch.cat(apart), rtol=1e-4, atol=1e-5)
     model.train()
-
-
-def test_patches_say_when_they_do_not_know_a_version(monkeypatch):
-    patches.apply_patches()
-    patches.apply_patches()
-    assert all(patch.verify() for patch in patches.PATCHES)
-    monkeypatch.setattr(megatron.core, "__version__", "0.20.0")
-    with pytest.raises(RuntimeError, match="r-symbol is known for megatron-core 0.19.x, not for 0.20.0"):
-        patches.apply_patches()
 
 
 def test_layers_without_a_recipe_say_so():
