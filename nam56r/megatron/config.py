@@ -33,6 +33,72 @@ def recipe_of(config: MLATransformerConfig) -> Recipe:
     return recipe
 
 
+def model_values(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says in the fields of Megatron's configuration; nothing of families that it hasn't got."""
+    mla, dsa, moe, symbols = recipe.mla, recipe.dsa, recipe.moe, recipe.layers.counts
+    values: dict[str, Any] = dict(
+        num_layers=recipe.depth,
+        hidden_size=recipe.hidden_size,
+        ffn_hidden_size=recipe.ffn_hidden_size,
+        num_attention_heads=mla.num_heads,
+        is_hybrid_model=True,  # output projections start at std / √depth
+        layernorm_epsilon=recipe.norm_eps,
+        init_method_std=recipe.init_std,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # the dense and the shared MLP are SwiGLU; the routed experts' relu² is in moe.Experts
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        mtp_num_layers=recipe.mtp.num_depths or None,
+    )
+    if symbols["A"] or recipe.mtp.num_depths:
+        values |= dict(
+            q_lora_rank=mla.q_lora_rank,
+            kv_lora_rank=mla.kv_lora_rank,
+            qk_head_dim=mla.qk_nope_head_dim,
+            qk_pos_emb_head_dim=mla.qk_rope_head_dim,
+            v_head_dim=mla.v_head_dim,
+            qk_layernorm=True,
+            rope_type="rope",
+            rotary_base=mla.rope_theta,
+        )
+    if dsa.ranks:
+        values |= dict(
+            dsa_indexer_n_heads=dsa.index_num_heads,
+            dsa_indexer_head_dim=dsa.index_head_dim,
+            dsa_indexer_topk=dsa.top_k,
+            dsa_indexer_loss_coeff=dsa.loss_coeff,
+            dsa_indexer_use_sparse_loss=True,
+            dsa_indexer_rotate_activation=False,
+        )
+    if symbols["E"]:
+        values |= dict(
+            num_moe_experts=moe.num_experts,
+            moe_router_topk=moe.top_k,
+            moe_ffn_hidden_size=moe.ffn_hidden_size,
+            moe_shared_expert_intermediate_size=moe.shared_ffn_hidden_size,
+            moe_router_score_function="sigmoid",
+            moe_router_enable_expert_bias=True,
+            moe_router_load_balancing_type="aux_loss",
+            moe_aux_loss_coeff=moe.aux_loss_coeff,
+            moe_router_dtype="fp32",
+        )
+    if recipe.mtp.num_depths:
+        values["mtp_loss_scaling_factor"] = recipe.mtp.loss_coeff
+    return values
+
+
+# What our layers need of Megatron's configuration, whatever the recipe. The variant stays unset: our dense and sparse
+# layers are told apart by their symbols, and it would change what Megatron does around the dense ones.
+OUR_VALUES: dict[str, Any] = dict(
+    bias_activation_fusion=False,
+    experimental_attention_variant=None,
+    experimental_attention_variant_loss_scale_func=DSAIndexerLossAutoScaler.set_loss_scale,
+    transformer_impl="local",
+)
+
+
 def transformer_config(
     recipe: Recipe,
     plan: Plan,
@@ -46,56 +112,7 @@ def transformer_config(
 ) -> Config:
     """The configuration of a recipe on `device`. overrides go to Megatron's config as they are."""
     cpu = device.type == "cpu"
-    mla, dsa, moe = recipe.mla, recipe.dsa, recipe.moe
-    values: dict[str, Any] = dict(
-        recipe=recipe,
-        plan=plan,
-        num_layers=recipe.depth,
-        hidden_size=recipe.hidden_size,
-        ffn_hidden_size=recipe.ffn_hidden_size,
-        num_attention_heads=mla.num_heads,
-        layernorm_epsilon=recipe.norm_eps,
-        init_method_std=recipe.init_std,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        # the dense and the shared MLP are SwiGLU; the routed experts' relu² is in moe.Experts
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=not cpu,
-        # attention
-        q_lora_rank=mla.q_lora_rank,
-        kv_lora_rank=mla.kv_lora_rank,
-        qk_head_dim=mla.qk_nope_head_dim,
-        qk_pos_emb_head_dim=mla.qk_rope_head_dim,
-        v_head_dim=mla.v_head_dim,
-        qk_layernorm=True,
-        rope_type="rope",
-        rotary_base=mla.rope_theta,
-        dsa_indexer_n_heads=dsa.index_num_heads,
-        dsa_indexer_head_dim=dsa.index_head_dim,
-        dsa_indexer_topk=dsa.top_k,
-        dsa_indexer_loss_coeff=dsa.loss_coeff,
-        dsa_indexer_use_sparse_loss=True,
-        dsa_indexer_rotate_activation=False,
-        # the variant itself stays unset: it would turn the dense slots sparse too
-        experimental_attention_variant_loss_scale_func=DSAIndexerLossAutoScaler.set_loss_scale,
-        # experts
-        num_moe_experts=moe.num_experts,
-        moe_router_topk=moe.top_k,
-        moe_ffn_hidden_size=moe.ffn_hidden_size,
-        moe_shared_expert_intermediate_size=moe.shared_ffn_hidden_size,
-        moe_router_score_function="sigmoid",
-        moe_router_enable_expert_bias=True,
-        moe_router_load_balancing_type="aux_loss",
-        moe_aux_loss_coeff=moe.aux_loss_coeff,
-        moe_router_dtype="fp32",
-        moe_token_dispatcher_type="allgather" if cpu else "alltoall",
-        # prediction depths
-        mtp_num_layers=recipe.mtp.num_depths or None,
-        mtp_loss_scaling_factor=recipe.mtp.loss_coeff,
-        # placement
+    placement = dict(
         tensor_model_parallel_size=tensor_parallel,
         sequence_parallel=tensor_parallel > 1,
         expert_model_parallel_size=expert_parallel,
@@ -106,7 +123,28 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu_initialization=cpu,
+        bias_dropout_fusion=not cpu,
         gradient_accumulation_fusion=False,
-        transformer_impl="local",
+        moe_token_dispatcher_type="allgather" if cpu else "alltoall",
     )
-    return Config(**(values | overrides))
+    return Config(recipe=recipe, plan=plan, **(model_values(recipe) | OUR_VALUES | placement | overrides))
+
+
+def complete(config: MLATransformerConfig, recipe: Recipe, plan: Plan) -> None:
+    """Give a configuration that Megatron made from its flags what no flag can say: the recipe and the plan.
+
+    Raises ValueError naming every value that disagrees with the recipe.
+    """
+    differing = []
+    for name, value in model_values(recipe).items():
+        found = getattr(config, name, None)
+        if found != value:
+            differing.append(f"{name} is {found}, but the recipe has {value}")
+    if differing:
+        raise ValueError(
+            f"Megatron's arguments disagree with recipe {recipe.name}: {'; '.join(differing)}: "
+            "take them from `nam56r translate` or `nam56r launch`"
+        )
+    for name, value in OUR_VALUES.items():
+        setattr(config, name, value)
+    config.recipe, config.plan = recipe, plan

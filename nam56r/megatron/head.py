@@ -36,8 +36,7 @@ class Model(HybridModel):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if hasattr(self, "output_layer"):
-            self.output_layer.__class__ = Head
+        adopt(self)
 
     def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         if hasattr(self, "output_layer"):
@@ -55,3 +54,14 @@ class Model(HybridModel):
             kernel=self.output_layer.kernels.get("linear_cross_entropy"),
         )
         return loss.view(logits.shape[:2]).T.contiguous()
+
+
+def adopt(model: HybridModel) -> Model:
+    """Make a model that Megatron built, and its output layer, ours; its plan's kernels are the head's."""
+    model.__class__ = Model
+    plan = getattr(model.config, "plan", None)
+    if hasattr(model, "output_layer"):
+        model.output_layer.__class__ = Head
+        if plan is not None:
+            model.output_layer.kernels = plan.head.kernels
+    return model

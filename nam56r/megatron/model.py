@@ -12,7 +12,6 @@ from nam56r.megatron.config import transformer_config
 from nam56r.megatron.head import Model
 from nam56r.megatron.patches import apply_patches
 from nam56r.megatron.specs import nam56r_stack_spec
-from nam56r.megatron.stack import assign_kernels
 from nam56r.plan import Plan
 from nam56r.recipe import Recipe
 from nam56r.translate import translate
@@ -22,9 +21,13 @@ def build_model(recipe: Recipe, plan: Plan, *, device: torch.device, dtype: torc
     """The unwrapped model on `device`, with parameters in `dtype` (and fp32 where a parameter must stay so).
 
     Megatron's process groups must be initialised; the parallel sizes are theirs. config goes to
-    `config.transformer_config`.
+    `config.transformer_config`. Stage boundaries in the recipe's pattern count with pipeline stages only: without any,
+    Megatron would build the first segment and leave out the others.
     """
-    apply_patches()
+    apply_patches("model")
+    pattern = translate(recipe).native_pattern
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        pattern = pattern.replace("|", "")
     sizes = dict(
         tensor_parallel=parallel_state.get_tensor_model_parallel_world_size(),
         expert_parallel=parallel_state.get_expert_model_parallel_world_size(),
@@ -35,11 +38,9 @@ def build_model(recipe: Recipe, plan: Plan, *, device: torch.device, dtype: torc
         nam56r_stack_spec,
         vocab_size=recipe.vocab_size,
         max_sequence_length=recipe.seq_length,
-        hybrid_layer_pattern=translate(recipe).native_pattern,
+        hybrid_layer_pattern=pattern,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
-    if hasattr(model, "output_layer"):
-        assign_kernels(model.output_layer, plan.head.kernels)
     return model.to(device)

@@ -15,13 +15,19 @@ from nam56r.megatron.cpu import cpu_mode
 
 
 def initialize(
-    device: Literal["auto", "cpu", "cuda"] = "auto", *, tp: int = 1, pp: int = 1, ep: int = 1, seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    vpp: int | None = None,
+    ep: int = 1,
+    seed: int = 0,
 ) -> torch.device:
     """Join the process group, build Megatron's groups, seed every generator; returns this process's device.
 
     Under torchrun (RANK, WORLD_SIZE, LOCAL_RANK in the environment) it joins the others; otherwise it is a world of
     one, which needs no port. On a CPU it enters `cpu_mode` first. tp, pp, ep: tensor-, pipeline- and expert-parallel
-    sizes. Raises ValueError when they don't divide the number of processes, or when CUDA is asked for and isn't there.
+    sizes; vpp: pipeline segments of one process, None for one. Raises ValueError when they don't divide the number of processes, or when CUDA is asked for and isn't there.
     """
     rank, processes = world()
     data_parallel(tp=tp, pp=pp, ep=ep)
@@ -42,6 +48,7 @@ def initialize(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=1,
         create_gloo_process_groups=False,
