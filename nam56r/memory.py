@@ -110,7 +110,8 @@ def stages(
                        len(segments) = pipeline × virtual stages
     expert_parallel    devices that the routed experts are spread over
     context_parallel   devices that a sequence is spread over
-    optimizer_shards   devices that share the optimizer's state (the distributed optimizer); 1 for none
+    optimizer_shards   devices that share the optimizer's state (the distributed optimizer), data- times context-parallel;
+                       the routed experts' state is shared by those with the same experts. 1 for none
     microbatches       passes in one step; a rank holds the activations of those that its schedule has in flight
     recompute          "full": a layer keeps its input only, and one layer at a time what it needs in its backward
 
@@ -131,7 +132,7 @@ def stages(
     )
     if pipeline == 1:
         segments = [[layer for segment in segments for layer in segment]]
-    model = _Model(recipe, plan, expert_parallel, context_parallel, recompute)
+    model = _Model(recipe, plan, expert_parallel, context_parallel, optimizer_shards, recompute)
     ranks = []
     for rank in range(pipeline):
         last = rank == pipeline - 1
@@ -142,17 +143,19 @@ def stages(
         ]
         counts = in_flight(rank, pipeline, microbatches, [sum(chunk.kept.values()) for chunk in chunks])
         weights: dict[str, int] = defaultdict(int)
+        owned: dict[str, int] = defaultdict(int)
         activations: dict[str, int] = defaultdict(int)
         for chunk, count in zip(chunks, counts, strict=True):
-            for family, number in chunk.parameters.items():
+            for family, (number, own) in chunk.parameters.items():
                 weights[family] += number
+                owned[family] += own
             for family, size in chunk.kept.items():
                 activations[family] += count * size
         family, size = max((chunk.working for chunk in chunks), key=lambda working: working[1])
         activations[family] += size
         ranks.append(
             Estimate(
-                {family: model.held(weights[family], activations[family], optimizer_shards) for family in FAMILIES},
+                {family: model.held(weights[family], owned[family], activations[family]) for family in FAMILIES},
                 logits=counts[-1] * model.logits() if last else 0,
             )
         )
@@ -237,7 +240,7 @@ def _check_layout(recipe: Recipe, segments: Sequence[Sequence[int]], recompute: 
 class _Chunk:
     """One segment: parameters and, for one microbatch, bytes kept, by family; the working set of a recomputed layer."""
 
-    parameters: dict[str, int]
+    parameters: dict[str, tuple[int, int]]
     kept: dict[str, int]
     working: tuple[str, int]
 
@@ -250,6 +253,7 @@ class _Model:
     plan: Plan
     expert_parallel: int
     context_parallel: int
+    optimizer_shards: int
     recompute: Recompute
 
     @property
@@ -264,10 +268,13 @@ class _Model:
     def chunk(self, layers: Sequence[int], *, first: bool, last: bool) -> _Chunk:
         recipe, vocabulary = self.recipe, self.recipe.vocab_size * self.recipe.hidden_size
         count: dict[str, int] = defaultdict(int)
+        routed = 0
         kept: dict[str, int] = defaultdict(int)
         working = ("norm", 0)
         for number in layers:
-            count[FAMILY[recipe.roles[number - 1]]] += self._parameters(number)
+            shared, experts = self._parameters(number)
+            count[FAMILY[recipe.roles[number - 1]]] += shared
+            routed += experts
             count["norm"] += recipe.hidden_size
         if last:
             count["norm"] += recipe.hidden_size
@@ -284,11 +291,22 @@ class _Model:
                 working = max(working, (family, int(self.tokens * (size - inputs))), key=lambda pair: pair[1])
             else:
                 kept[family] += int(self.tokens * size)
-        return _Chunk(count, kept, working)
+        owned = {family: (number, number // self.optimizer_shards) for family, number in count.items()}
+        if routed:
+            number, own = owned["moe"]
+            owned["moe"] = number + routed, own + routed // self._expert_shards
+        return _Chunk(owned, kept, working)
 
-    def held(self, weights: int, activations: int, optimizer_shards: int) -> Held:
+    @property
+    def _expert_shards(self) -> int:
+        """Routed experts are the same on fewer devices, by EP, and on more, by TP, which doesn't split them."""
+        alike = self.optimizer_shards * self.plan.tensor_parallel // self.expert_parallel
+        return max(1, alike) if self.optimizer_shards > 1 else 1
+
+    def held(self, weights: int, owned: int, activations: int) -> Held:
+        """owned: those of the weights whose optimizer state is this device's."""
         moments = 12 if self.element < 4 else 8
-        return Held(weights * self.element, weights * 4, weights * moments // optimizer_shards, activations)
+        return Held(weights * self.element, weights * 4, owned * moments, activations)
 
     def logits(self) -> int:
         """The loss's share: whole logits, kept for each depth, where the kernel stores them; a few blocks where not."""
@@ -302,14 +320,14 @@ class _Model:
             return whole * ((self.element + 4) * passes + 4)
         return min(LOGITS_BLOCK, whole * 12) + int(self.tokens * recipe.hidden_size * 4)
 
-    def _parameters(self, number: int) -> int:
-        """Of one layer, on one device, without its input norm."""
+    def _parameters(self, number: int) -> tuple[int, int]:
+        """Of one layer, on one device, without its input norm: all but the routed experts, and those."""
         shapes = parameters.layer(self.recipe, number)
         whole = parameters.size(shapes)
         if self.recipe.roles[number - 1] == "m2rnn":
-            return whole
+            return whole, 0
         routed = parameters.size({name: shape for name, shape in shapes.items() if name in ("w_up", "w_down")})
-        return routed // self.expert_parallel + (whole - routed) // self.plan.tensor_parallel
+        return (whole - routed) // self.plan.tensor_parallel, routed // self.expert_parallel
 
     def _activations(self, layers: Sequence[int], *, mtp: bool) -> Iterator[tuple[str, float, float]]:
         """(family, bytes a token of its inputs, bytes a token of all that it keeps) of each layer and MTP depth."""

@@ -195,7 +195,7 @@ class Recipe(_Frozen):
             why = error.strerror if isinstance(error, OSError) else error
             raise ValueError(f"recipe {where} can't be read: {why}") from None
         try:
-            values = _yaml(text)
+            values = read_yaml(text)
         except ValueError as error:
             raise ValueError(f"recipe {where} is no YAML for a recipe: {error}") from None
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -220,7 +220,7 @@ class Recipe(_Frozen):
             if not equals:
                 raise ValueError(f"--set {setting}: must be key=value, such as mla.kv_lora_rank=32")
             try:
-                value = _yaml(text)
+                value = read_yaml(text)
             except ValueError as error:
                 raise ValueError(f"--set {setting}: the value is no YAML: {error}") from None
             *sections, last = key.split(".")
@@ -314,7 +314,7 @@ class _Yaml(yaml.SafeLoader):
         return mapping
 
 
-def _yaml(text: str) -> Any:
+def read_yaml(text: str) -> Any:
     """A YAML document as plain data. Raises ValueError of one line."""
     if len(text) > LONGEST:
         raise ValueError(f"it is longer than {LONGEST} characters")

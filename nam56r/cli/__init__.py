@@ -5,7 +5,7 @@ refusals and exit code 3. torch and megatron are imported by the commands that n
 """
 
 # the command modules put their commands on the app when they are imported
-from nam56r.cli import dataset, planning, training  # noqa: F401
+from nam56r.cli import dataset, launching, planning, training, translating  # noqa: F401
 from nam56r.cli.app import app, main
 
 __all__ = ["app", "main"]

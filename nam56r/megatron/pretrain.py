@@ -26,6 +26,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.enums import ModelType
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_tokenizer, pretrain
 from megatron.training.argument_utils import (
@@ -143,8 +144,20 @@ def forward_step(batches: Iterator[Mapping[str, torch.Tensor]], model: torch.nn.
 
 
 def masked_sum(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """mask, losses [B, S] -> the sum of the losses that count, how many do, and both for the log."""
+    """mask, losses [B, S] -> the sum of the losses that count, how many do, and both for the log.
+
+    Megatron's check of the loss ends the run when it is no finite number.
+    """
     loss, tokens = (losses.float() * mask).sum(), mask.sum().int()
+    if get_args().check_for_nan_in_loss_and_grad:
+        for rejected, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            get_rerun_state_machine().validate_result(
+                result=loss,
+                rejection_func=rejected,
+                message=f"{name} in the local forward loss",
+                tolerance=0.0,
+                fatal=True,
+            )
     return loss, tokens, {"lm loss": torch.stack((loss.detach(), tokens.to(loss.dtype)))}
 
 

@@ -42,7 +42,8 @@ def test_parallelism_splits_what_it_splits():
     ep = estimate(NAM56R, planned(NAM56R), expert_parallel=4, optimizer_shards=8)
     routed = 22 * 16 * 2 * 896 * 4096
     assert one.weights - ep.weights == 2 * routed * 3 // 4
-    assert ep.optimizer == ep.weights * 6 // 8
+    # Adam's state of the routed experts is shared by the 8 / 4 devices with the same ones
+    assert ep.optimizer == pytest.approx(12 * ((ep.weights / 2 - routed / 4) / 8 + routed / 4 / 2), abs=1000)
     assert tp.activations["m2rnn"] == one.activations["m2rnn"]
     assert tp.activations["mamba"] < one.activations["mamba"]
     whole = 2 * (routed + parameters(NAM56R)["m2rnn"][0] + parameters(NAM56R)["norm"][0])
