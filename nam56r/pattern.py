@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nam56r.records import shown
+
 SYMBOLS = "AEMR"
 MTP_SYMBOLS = "+-"
 MAX_DEPTH = 1024
@@ -71,15 +73,6 @@ class Pattern:
                 )
             return self
         return Pattern(((period * -(-depth // len(period)))[:depth],), self.mtp, self.mtp_depths)
-
-
-def shown(value: object) -> str:
-    """A value as an error message names it: repr, in one line of at most 100 characters."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # Python prints no int of more than 4300 digits
-        text = f"{type(value).__name__} too large to print"
-    return text if len(text) <= 100 else f"{text[:70]}… ({len(text)} characters)"
 
 
 def parse(text: str) -> Pattern:

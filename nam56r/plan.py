@@ -12,23 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nam56r import flops
 from nam56r.features import global_features
 from nam56r.kernels.registry import FAMILY, Device, NoKernel, Problem, Spec, candidates, select
 from nam56r.problems import Workload
 from nam56r.recipe import Recipe, Role
+from nam56r.records import Frozen, load_json
 from nam56r.translate import Refusal, translate
 
 MEGATRON = "megatron"  # the vocabulary-parallel cross entropy, which isn't ours
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Part(_Frozen):
+class Part(Frozen):
     """What runs in one part of the model: kernels and shapes by operator, FLOPs a token ("forward", "backward").
 
     reasons has, by operator, why its kernel: what those before it lack, or that it was asked for.
@@ -50,7 +46,7 @@ class Slot(Part):
     features: tuple[str, ...]
 
 
-class Plan(_Frozen):
+class Plan(Frozen):
     """A recipe on a device. mtp has one part for each prediction depth, its pass through the head included."""
 
     recipe: str
@@ -79,12 +75,7 @@ class Plan(_Frozen):
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read what `save` wrote. Raises ValueError when it is no plan."""
-        try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
-            raise ValueError(f"{path} is no plan: {where}: {first['msg']}") from None
+        return load_json(cls, path, "no plan")
 
 
 class PlanRefused(ValueError):
@@ -211,6 +202,13 @@ class _Chooser:
             if operator in faults:
                 continue
             if operator == "linear_cross_entropy" and self.work.tensor_parallel > 1:
+                if operator in self.names:
+                    wanted = f"{operator}={self.names[operator]}"
+                    faults[operator] = [
+                        f"{wanted} is asked for by name, but tp > 1 splits the vocabulary and Megatron's own runs: "
+                        "leave the name out, or take tp = 1"
+                    ]
+                    continue
                 chosen[operator], why_chosen[operator] = MEGATRON, "the vocabulary is split over ranks"
                 continue
             try:

@@ -6,17 +6,16 @@ loads from and saves to YAML, and `with_overrides` changes it by dotted keys.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from nam56r.pattern import MAX_DEPTH, Pattern, parse, shown
+from nam56r import records
+from nam56r.pattern import MAX_DEPTH, Pattern, parse
+from nam56r.records import Frozen, shown
 
-LONGEST = 100_000  # characters of a recipe's YAML
 LARGEST = 2**31 - 1  # of any size: what kernels index with, and products of a few still fit a float
 
 
@@ -34,18 +33,15 @@ def _of_a_line(name: str) -> str:
 
 Count = Annotated[int, Field(strict=True, ge=1, le=LARGEST)]
 Index = Annotated[int, Field(strict=True, ge=0, le=LARGEST)]
-Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
-Coefficient = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_no_bool)]
+Coefficient = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_no_bool)]
 Layer = Annotated[int, Field(strict=True)]
-Name = Annotated[str, AfterValidator(_of_a_line)]
+_OF_A_LINE = {"pattern": r"^\S(.*\S)?$", "maxLength": 100}  # for a JSON schema, as near as it comes
+Name = Annotated[str, AfterValidator(_of_a_line), Field(json_schema_extra=_OF_A_LINE)]
 Role = Literal["mla", "dsa", "moe", "mamba3", "mamba2", "m2rnn"]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class MLA(_Frozen):
+class MLA(Frozen):
     """Multi-head latent attention of every A slot (and of each MTP depth)."""
 
     num_heads: Count = 32
@@ -57,7 +53,7 @@ class MLA(_Frozen):
     rope_theta: Positive = 500_000.0
 
 
-class DSA(_Frozen):
+class DSA(Frozen):
     """DeepSeek sparse attention on the A slots of the given ranks (0-based among A slots).
 
     Of the sparse slots, in order, every share_every-th computes indices; those between use the last ones and have
@@ -72,7 +68,7 @@ class DSA(_Frozen):
     share_every: Count = 1
 
 
-class Mamba(_Frozen):
+class Mamba(Frozen):
     """The M slots. mimo_rank 1 is SISO; Mamba-2 has no MIMO and doesn't read it."""
 
     kind: Literal["mamba3", "mamba2"] = "mamba3"
@@ -83,7 +79,7 @@ class Mamba(_Frozen):
     mimo_rank: Count = 4
 
 
-class MoE(_Frozen):
+class MoE(Frozen):
     """The E slots: sigmoid scores with an expert bias, routed experts with relu², a shared SwiGLU expert.
 
     num_experts 0 is MoE off: the recipe stands, and its translation refuses every E slot.
@@ -96,7 +92,7 @@ class MoE(_Frozen):
     aux_loss_coeff: Coefficient = 1e-4
 
 
-class M2RNN(_Frozen):
+class M2RNN(Frozen):
     """The R slots: q and k have one head each, v, f, g and W have num_heads."""
 
     k_head_dim: Count = 64
@@ -105,14 +101,14 @@ class M2RNN(_Frozen):
     conv_width: Annotated[int, Field(strict=True, ge=2, le=4)] = 4
 
 
-class MTP(_Frozen):
+class MTP(Frozen):
     """Multi-token prediction; each depth is one dense MLA and one dense SwiGLU block."""
 
     num_depths: Annotated[int, Field(strict=True, ge=0, le=MAX_DEPTH)] = 2
     loss_coeff: Coefficient = 0.1
 
 
-class Recipe(_Frozen):
+class Recipe(Frozen):
     """One model. `pattern` is tiled to `depth`.
 
     features places what isn't implied by the rest: feature name -> 1-based layer numbers (none for a global one).
@@ -137,12 +133,10 @@ class Recipe(_Frozen):
     features: dict[Name, tuple[Layer, ...]] = {}
 
     def __init__(self, /, **values: Any):
-        try:
+        name = values.get("name", "without a name")
+        known = name if isinstance(name, str) and len(name) <= 100 else shown(name)
+        with records.explained(Recipe, f"recipe {known}"):
             super().__init__(**values)
-        except ValidationError as error:
-            name = values.get("name", "without a name")
-            known = name if isinstance(name, str) and len(name) <= 100 else shown(name)
-            raise ValueError(_printable(f"recipe {known}: {_one_line(error)}")) from None
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -182,30 +176,11 @@ class Recipe(_Frozen):
     @classmethod
     def load(cls, name_or_path: str | Path) -> Recipe:
         """A preset by name, or a YAML file by path. Raises ValueError of one line."""
-        if str(name_or_path) in PRESETS:
-            return PRESETS[str(name_or_path)]
-        where = shown(str(name_or_path))
-        try:
-            with open(name_or_path, encoding="utf-8") as file:
-                text = file.read(LONGEST + 1)
-        except FileNotFoundError:
-            known = ", ".join(PRESETS)
-            raise ValueError(f"unknown recipe {where}: no such file, and the presets are {known}") from None
-        except (OSError, ValueError) as error:  # no file, not UTF-8, a name that no file can have
-            why = error.strerror if isinstance(error, OSError) else error
-            raise ValueError(f"recipe {where} can't be read: {why}") from None
-        try:
-            values = read_yaml(text)
-        except ValueError as error:
-            raise ValueError(f"recipe {where} is no YAML for a recipe: {error}") from None
-        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-            raise ValueError(f"recipe {where} must be a YAML mapping of the keys {', '.join(cls.model_fields)}")
-        return cls(**values)
+        return records.load(cls, "recipe", name_or_path, PRESETS)
 
     def save(self, path: str | Path) -> None:
         """Write every value as YAML; `load` gives an equal recipe."""
-        style = {"sort_keys": False, "allow_unicode": True}
-        Path(path).write_text(yaml.safe_dump(self.model_dump(mode="json"), **style), encoding="utf-8")
+        records.save(self, path)
 
     def with_overrides(self, settings: Iterable[str]) -> Recipe:
         """A recipe with "dotted.key=value" settings applied, values read as YAML ("dsa.ranks=[1, 2]").
@@ -213,25 +188,16 @@ class Recipe(_Frozen):
         Raises ValueError of one line; an unknown key is answered with the nearest one.
         """
         values = self.model_dump()
-        for setting in settings:
-            key, equals, text = setting.partition("=")
-            key = key.strip()
-            setting = _printable(setting) if len(setting) <= 1000 else shown(setting)
-            if not equals:
-                raise ValueError(f"--set {setting}: must be key=value, such as mla.kv_lora_rank=32")
-            try:
-                value = read_yaml(text)
-            except ValueError as error:
-                raise ValueError(f"--set {setting}: the value is no YAML: {error}") from None
+        for said, key, value in records.assignments("--set", settings, "mla.kv_lora_rank=32"):
             *sections, last = key.split(".")
             target: Any = values
             for section in sections:
                 target = target.get(section) if isinstance(target, dict) else None
             if not isinstance(target, dict) or (last not in target and sections != ["features"]):
-                raise ValueError(f"--set {setting}: {_unknown(key)}")
-            if isinstance(target[last] if last in target else None, dict) and last != "features":
+                raise ValueError(f"{said}: {records.unknown(Recipe, key)}")
+            if isinstance(target.get(last), dict) and last != "features":
                 keys = ", ".join(f"{key}.{name}" for name in target[last])
-                raise ValueError(f"--set {setting}: {key} is a section: set one of {keys}")
+                raise ValueError(f"{said}: {key} is a section: set one of {keys}")
             target[last] = value
         return Recipe(**values)
 
@@ -290,67 +256,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-
-class _Yaml(yaml.SafeLoader):
-    """Safe YAML of which a reader sees every value: no key twice, no aliases (a few nested ones expand to gigabytes)."""
-
-    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
-        if self.flow_level > 20:  # PyYAML takes seconds for a few thousand brackets
-            raise RecursionError
-        super().fetch_flow_collection_start(TokenClass)
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise ValueError("an alias (*) isn't taken: write the value out")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        mapping = super().construct_mapping(node, deep=deep)
-        if len(mapping) < len(node.value):
-            keys = [key.value for key, _ in node.value]
-            twice = next((key for key in keys if keys.count(key) > 1), keys[-1])
-            raise ValueError(f"key {shown(twice)} is there twice: keep one")
-        return mapping
-
-
-def read_yaml(text: str) -> Any:
-    """A YAML document as plain data. Raises ValueError of one line."""
-    if len(text) > LONGEST:
-        raise ValueError(f"it is longer than {LONGEST} characters")
-    try:
-        return yaml.load(text, _Yaml)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except yaml.MarkedYAMLError as error:
-        raise ValueError(_printable(f"line {error.problem_mark.line + 1}: {error.problem}")) from None
-    except Exception as error:  # YAMLError, and what PyYAML lets through for a value such as !!bool x or 2001-99-99
-        raise ValueError(_printable(" ".join(str(error).split())) or type(error).__name__) from None
-
-
-def _printable(text: str) -> str:
-    """Text with the escapes of a Python string for what isn't printable."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def _unknown(key: str) -> str:
-    keys = list(_flat(Recipe(name="keys").model_dump()))
-    near = difflib.get_close_matches(key[:100], keys, 1, 0.0) or keys
-    return f"unknown key {_printable(key) if len(key) <= 100 else shown(key)}: the nearest is {near[0]}"
-
-
-def _one_line(error: ValidationError) -> str:
-    lines = []
-    for item in error.errors():
-        key = ".".join(map(str, item["loc"]))
-        message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-        if item["type"] == "extra_forbidden":
-            lines.append(_unknown(key))
-        elif item["type"] == "missing":
-            lines.append(f"{key} is missing")
-        else:
-            lines.append(f"{key} = {shown(item['input'])}: {message}" if key else message)
-    return "; ".join(lines)
 
 
 _NAM56R = Recipe(name="nam56r", dsa=DSA(ranks=(1, 2, 3, 5, 6, 7, 9, 10, 11)))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from importlib.metadata import version as installed_version
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -62,5 +64,8 @@ def version() -> None:
 
 
 def main() -> None:
-    """The `nam56r` command."""
+    """The `nam56r` command. What it prints is UTF-8, whatever the locale: tables, JSON and scripts have more than ASCII."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     app(prog_name="nam56r")

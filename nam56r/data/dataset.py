@@ -13,19 +13,17 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nam56r.data.tokenizer import Tokenizer
+from nam56r.records import Frozen, load_json
 
 # dtype -> Megatron's code in the index header (megatron.core.datasets.indexed_dataset.DType), bytes a token
 DTYPES = {"uint16": (8, 2), "int32": (4, 4)}
 _HEADER = struct.Struct("<9sQBQQ")
 
 
-class Manifest(BaseModel):
+class Manifest(Frozen):
     """PREFIX.json. Every file is one document (and one Megatron sequence) that ends with `eod`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal[1] = 1
     tokenizer: Tokenizer
@@ -116,12 +114,7 @@ def read_manifest(prefix: str | Path) -> Manifest:
         raise ValueError(f"no data set at {prefix}: make one with `nam56r data build PATH… --out {prefix}`")
     if missing:
         raise ValueError(f"the data set {prefix} is not whole: {' and '.join(missing)} missing")
-    try:
-        manifest = Manifest.model_validate_json(manifest_path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise ValueError(f"{manifest_path} is not a data set's manifest: {where}: {first['msg']}") from error
+    manifest = load_json(Manifest, manifest_path, "not a data set's manifest")
     for path, expected in ((binary, manifest.bin_bytes), (index, manifest.idx_bytes)):
         size = path.stat().st_size
         if size != expected:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from nam56r.records import Frozen
 
 if TYPE_CHECKING:
     from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
@@ -19,10 +19,8 @@ LIBRARIES = {
 }
 
 
-class Tokenizer(BaseModel):
+class Tokenizer(Frozen):
     """A tokenizer's name and, except for the byte-level one, its model: a file, a folder or a hub name."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     type: str = "ByteLevelTokenizer"
     model: str | None = None

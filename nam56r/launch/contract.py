@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from nam56r.launch.checks import judge
 from nam56r.launch.facts import Check, Facts
 from nam56r.launch.options import RECIPE, RunOptions
-from nam56r.launch.profile import CudaGraphs, Entry, Guards, LauncherProfile, Precision
+from nam56r.launch.profile import NOT_INHERITED, CudaGraphs, Entry, Guards, LauncherProfile, Precision
 from nam56r.recipe import Recipe
+from nam56r.records import Frozen, load_json
 from nam56r.translate import Refusal, megatron_args, translate
 
 MODULES = {"pretrain": "nam56r.megatron.pretrain", "train": "nam56r"}
@@ -22,11 +21,7 @@ MODULES = {"pretrain": "nam56r.megatron.pretrain", "train": "nam56r"}
 ADAM = ("--adam-beta1", "0.9", "--adam-beta2", "0.95", "--adam-eps", "1e-08")
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Parallel(_Frozen):
+class Parallel(Frozen):
     """Sizes; dp is what is left of the processes, None where they don't divide."""
 
     tp: int
@@ -37,7 +32,7 @@ class Parallel(_Frozen):
     dp: int | None
 
 
-class Batch(_Frozen):
+class Batch(Frozen):
     """Sequences in one pass and in one update, and passes of one process in an update (None: they don't divide)."""
 
     micro: int
@@ -45,10 +40,14 @@ class Batch(_Frozen):
     microbatches: int | None
 
 
-class FixedPolicy(_Frozen):
-    """The operator's overlay; args are the flags that say it to the entry: Megatron's, or `nam56r train`'s."""
+class FixedPolicy(Frozen):
+    """The operator's overlay; args are the flags that say it to the entry: Megatron's, or `nam56r train`'s.
+
+    not_inherited   variables that the run's script takes out before it sets the environment; a * is any ending
+    """
 
     environment: dict[str, str]
+    not_inherited: tuple[str, ...]
     parallel: Parallel
     batch: Batch
     mtp_depths: int
@@ -61,7 +60,7 @@ class FixedPolicy(_Frozen):
     args: tuple[str, ...]
 
 
-class Processes(_Frozen):
+class Processes(Frozen):
     """What torchrun starts: nproc on each of nnodes. entry_args go to the module before all others."""
 
     nnodes: int
@@ -78,7 +77,7 @@ class Processes(_Frozen):
         return ("torchrun", *(word for word in meet if word), *counts, "-m", self.module)
 
 
-class RankMemory(_Frozen):
+class RankMemory(Frozen):
     """Estimated bytes on one device of a pipeline rank; activations by family."""
 
     rank: int
@@ -92,7 +91,7 @@ class RankMemory(_Frozen):
     total: int
 
 
-class PlanAcceptance(_Frozen):
+class PlanAcceptance(Frozen):
     """The plan on the profile's device: accepted, or what no kernel runs."""
 
     device: str
@@ -102,7 +101,7 @@ class PlanAcceptance(_Frozen):
     refusals: tuple[Refusal, ...]
 
 
-class LaunchContract(_Frozen):
+class LaunchContract(Frozen):
     """Everything a launch is, accepted or refused. JSON in and out.
 
     profile                 with the layout resolved: segments, R layers, DSA ranks, depth, MTP depths
@@ -143,12 +142,7 @@ class LaunchContract(_Frozen):
     @classmethod
     def load(cls, path: str | Path) -> LaunchContract:
         """Read what `save` wrote. Raises ValueError when it is no contract."""
-        try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
-            raise ValueError(f"{path} is no launch contract: {where}: {first['msg']}") from None
+        return load_json(cls, path, "no launch contract")
 
 
 class LaunchRefused(ValueError):
@@ -220,6 +214,7 @@ def _policy(f: Facts) -> FixedPolicy:
     p = f.profile
     return FixedPolicy(
         environment={name: value.replace("{run}", f.run.folder) for name, value in p.environment.items()},
+        not_inherited=NOT_INHERITED,
         parallel=Parallel(tp=p.tp, pp=p.pp, vpp=p.vpp, ep=p.ep, cp=p.cp, dp=f.data_parallel),
         batch=Batch(micro=p.micro_batch, whole=p.global_batch, microbatches=f.microbatches),
         mtp_depths=f.recipe.mtp.num_depths,
@@ -247,6 +242,7 @@ def _pretrain_policy(f: Facts) -> list[object]:
         *("--cuda-graph-impl", p.cuda_graphs),
         *("--clip-grad", p.guards.clip_grad),
         "--no-gradient-accumulation-fusion",  # a kernel of Apex's or Transformer Engine's
+        "--exit-signal-handler",  # SIGTERM saves
     ]
     if p.tp > 1:
         args.append("--sequence-parallel")
@@ -292,7 +288,9 @@ def _pretrain_run(recipe: Recipe, run: RunOptions) -> tuple[str, ...]:
         *("--lr-decay-iters", str(run.steps), "--lr-warmup-iters", str(run.warmup)),
         *("--optimizer", "adam", *ADAM, "--weight-decay", repr(run.weight_decay)),
         *("--save", checkpoints, "--save-interval", str(run.save_every)),
-        *(("--load", checkpoints) if run.resume else ()),
+        *(("--load", checkpoints, "--exit-on-missing-checkpoint") if run.resume else ()),
+        # more steps than the checkpoint was written for: the rest of the schedule is held to be the same (policy._folder)
+        *(("--override-opt-param-scheduler",) if run.resume else ()),
         *("--log-interval", str(run.log_every), "--seed", str(run.seed)),
     )
 
@@ -360,6 +358,11 @@ def _notes(f: Facts) -> list[str]:
     notes = [note for note in f.plan.notes if note not in translate(f.recipe).custom_notes]
     if p.entry == "train":
         notes.append("nam56r train takes the recipe itself: the native flags say the same, and aren't passed")
+    elif f.translation.stack_spec is None:
+        notes.append("the recipe has no seam, so Megatron's own layers run: of the plan's kernels only the head's do")
+    unused = [f"{op}={name}" for op, name in p.kernels.items() if not any(op in part.shapes for _, part in f.parts)]
+    if unused:
+        notes.append(f"no part of the model runs the operator of {', '.join(unused)}")
     if p.cuda_graphs != "none":
         notes.append(
             "the graphs' memory pool isn't in the estimate (the published run of this model had 39.5 GiB), and our layers "

@@ -7,7 +7,6 @@ from functools import cached_property
 from itertools import islice
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from nam56r import memory
 from nam56r.kernels.registry import DEVICES, FAMILY, Device, candidates
@@ -17,6 +16,7 @@ from nam56r.pattern import Pattern, parse
 from nam56r.plan import Part, Plan, PlanRefused, make_plan
 from nam56r.problems import Workload
 from nam56r.recipe import Recipe
+from nam56r.records import Frozen
 from nam56r.translate import Refusal, TranslationPlan, translate
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -24,10 +24,8 @@ ARGUMENTS = "megatron/training/arguments.py"
 CONFIG = "megatron/core/transformer/transformer_config.py"
 
 
-class Check(BaseModel):
+class Check(Frozen):
     """One rule: what the launch has, what the rule is and, where it is broken, what would satisfy it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     passed: bool
@@ -124,8 +122,12 @@ class Facts:
         work = Workload(self.recipe, 1, tp, self.dtype)
         parts = dict.fromkeys((*self.recipe.roles, *(["mtp"] if self.recipe.mtp.num_depths else []), "head"))
         found = dict.fromkeys(reason for part in parts for _, reason in work.indivisible(part))
-        sequence = f"seq_length = {self.recipe.seq_length} doesn't divide by tensor_parallel = {tp}"
-        return (*found, *([sequence] if self.recipe.seq_length % tp else []))
+        # the sequence, and heads whether there is attention or not: Megatron's configuration asks every model
+        always = {"mla.num_heads": self.recipe.mla.num_heads, "seq_length": self.recipe.seq_length}
+        reasons = [
+            f"{name} = {size} doesn't divide by tensor_parallel = {tp}" for name, size in always.items() if size % tp
+        ]
+        return tuple(found | dict.fromkeys(reasons))
 
     @cached_property
     def nearest_tp(self) -> int:

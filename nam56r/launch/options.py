@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from nam56r.pattern import shown
 from nam56r.recipe import Coefficient, Count, Index, Positive
+from nam56r.records import Frozen, explained, shown
 
 # what a launch leaves in the run's folder
 RECIPE, PROFILE, CONTRACT, SCRIPT = "recipe.yaml", "profile.yaml", "contract.json", "launch.sh"
 
 
-class RunOptions(BaseModel):
+class RunOptions(Frozen):
     """A run. Raises ValueError of one line that names what is wrong.
 
     data          prefix of a data set that `nam56r data build` made
@@ -26,8 +26,6 @@ class RunOptions(BaseModel):
     log_every     steps between lines
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     data: str
     out: str
     steps: Count
@@ -38,27 +36,25 @@ class RunOptions(BaseModel):
     weight_decay: Coefficient = 0.1
     save_every: Count = 100
     log_every: Count = 10
-    seed: Annotated[int, Field(strict=True, ge=0, lt=2**31)] = 1
+    seed: Annotated[int, Field(strict=True, ge=1, lt=2**31)] = 1  # Megatron takes no 0
 
-    def __init__(self, **values: Any):
-        try:
+    def __init__(self, /, **values: Any):
+        with explained(RunOptions, "launch"):
             super().__init__(**values)
-        except ValidationError as error:
-            lines = []
-            for item in error.errors():
-                key, message = ".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
-                lines.append(f"{key} = {shown(item['input'])}: {message}" if key else message)
-            raise ValueError(f"launch: {'; '.join(lines)}") from None
 
     @model_validator(mode="after")
     def _check(self) -> RunOptions:
+        problems = []
         for name, path in (("data", self.data), ("out", self.out)):
-            if not path or "\0" in path:
-                raise ValueError(f"{name} = {shown(path)}, but must be a path without NUL characters")
+            # bytes that aren't UTF-8 are lone surrogates here, and the contract's JSON can't hold them
+            if not path or "\0" in path or any("\ud800" <= character <= "\udfff" for character in path):
+                problems.append(f"{name} = {shown(path)}, but must be a path in UTF-8 without NUL characters")
         if self.warmup >= self.steps:
-            raise ValueError(f"warmup_steps = {self.warmup}, but must be less than steps = {self.steps}")
+            problems.append(f"warmup_steps = {self.warmup}, but must be less than steps = {self.steps}")
         if self.final_lr > self.lr:
-            raise ValueError(f"min_lr = {self.min_lr}, but must not be more than lr = {self.lr}")
+            problems.append(f"min_lr = {self.min_lr}, but must not be more than lr = {self.lr}")
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
     @property

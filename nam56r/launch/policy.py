@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from nam56r import memory
 from nam56r.kernels.registry import Device
 from nam56r.launch.facts import ARGUMENTS, CONFIG, Check, Facts, kernel_names
-from nam56r.launch.options import CONTRACT, RECIPE
+from nam56r.launch.options import CONTRACT, RECIPE, RunOptions
 from nam56r.launch.profile import ENVIRONMENT, purpose
 from nam56r.recipe import Recipe
+
+TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's name of the newest checkpoint
 
 
 def graphs(f: Facts) -> Iterator[Check]:
@@ -107,10 +110,10 @@ def precision(f: Facts) -> Iterator[Check]:
     )
     yield Check(
         name="optimizer",
-        passed=not (f.cpu and p.distributed_optimizer),
-        value=f"distributed_optimizer {_yes(p.distributed_optimizer)} on {p.device}",
-        rule="Megatron's distributed optimizer asks for CUDA",
-        remedy="distributed_optimizer = false",
+        passed=p.distributed_optimizer or p.precision == "fp32",
+        value=f"distributed_optimizer {_yes(p.distributed_optimizer)} in {p.precision}",
+        rule="in bf16 and fp16 Megatron's other optimizer can't save the parameters that stay fp32",
+        remedy="distributed_optimizer = true",
     )
     yield Check(
         name="sparse mode",
@@ -289,23 +292,45 @@ def here(f: Facts) -> Iterator[Check]:
 
 
 def _folder(f: Facts) -> Check:
-    """The run's folder: new, or with --resume the same recipe's."""
-    there = os.path.exists(os.path.join(f.run.out, CONTRACT))
-    fault = f"{f.run.out} has no launch" if f.run.resume and not there else ""
-    if there and not f.run.resume:
-        fault = f"{f.run.out} has a launch already"
-    if there and f.run.resume:
-        try:
-            fault = "; ".join(f.recipe.differences(Recipe.load(os.path.join(f.run.out, RECIPE))))
-        except ValueError as error:
-            fault = str(error)
+    """The run's folder: new, or with --resume what the same launch left, with a checkpoint."""
+    folder, fault = Path(f.run.out), ""
+    try:
+        there = (folder / CONTRACT).exists()
+        if folder.exists() and not folder.is_dir():
+            fault = f"{folder} is no folder"
+        elif f.run.resume:
+            fault = "; ".join(_otherwise(f, folder)) if there else f"{folder} has no launch"
+        elif there:
+            fault = f"{folder} has a launch already"
+    except OSError as error:  # a name that is too long, a folder that can't be entered
+        fault = f"{folder}: {error.strerror}"
     return Check(
         name="folder",
         passed=not fault,
         value=fault or f.run.out,
-        rule="a run starts in a folder without one, and is resumed with the recipe it started with",
+        rule="a run starts in a folder without one, and is resumed with the recipe, entry, learning rates, warm-up, "
+        "weight decay and seed it started with",
         remedy="another --out, without --resume" if f.run.resume else "--resume, or another --out",
     )
+
+
+def _otherwise(f: Facts, folder: Path) -> Iterator[str]:
+    """What keeps a launch from going on with the one in its folder."""
+    try:
+        yield from f.recipe.differences(Recipe.load(folder / RECIPE))
+        before = json.loads((folder / CONTRACT).read_text(encoding="utf-8"))
+        run, entry = RunOptions(**before["run"]), before["entry"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        yield f"{folder} has no launch that can be read: {error}"
+        return
+    # Megatron reads the learning rates from the checkpoint: others would be shown and not taken
+    for name in ("lr", "final_lr", "warmup_steps", "weight_decay", "seed"):
+        if getattr(f.run, name) != getattr(run, name):
+            yield f"{name}: {getattr(f.run, name)} here, {getattr(run, name)} there"
+    if f.profile.entry != entry:
+        yield f"entry: {f.profile.entry} here, {entry} there, with checkpoints of another form"
+    elif entry == "pretrain" and not (folder / "checkpoints" / TRACKER).exists():
+        yield f"{folder} has no checkpoint"
 
 
 def _has_transformer_engine() -> bool:

@@ -6,18 +6,17 @@ A profile is frozen plain data; `PROFILES` has those that are named. It loads fr
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from nam56r import records
 from nam56r.kernels.registry import DEVICES
-from nam56r.pattern import shown
-from nam56r.recipe import Index, Layer, Name, Positive, read_yaml
+from nam56r.recipe import Index, Layer, Name, Positive
+from nam56r.records import Frozen, shown
 
 MOST = 2**20
 Size = Annotated[int, Field(strict=True, ge=1, le=MOST)]
@@ -25,7 +24,12 @@ Entry = Literal["pretrain", "train"]
 CudaGraphs = Literal["none", "local", "transformer_engine", "full_iteration"]
 Precision = Literal["bf16", "fp16", "fp32"]
 OPEN = ("environment", "kernels")  # sections whose keys are the operator's own
-HOST_PORT = re.compile(r"[A-Za-z0-9.-]+:[0-9]{1,5}")
+HOST_PORT = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*:[0-9]{1,5}")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_VARIABLES = {
+    "propertyNames": {"pattern": f"^{VARIABLE.pattern}$"},
+    "additionalProperties": {"type": ["string", "number"]},
+}
 
 # what an environment variable may be for, in the order in which they are set
 ENVIRONMENT = {
@@ -35,6 +39,26 @@ ENVIRONMENT = {
     "CUDA": re.compile(r"CUDA_\w+|CUBLAS_WORKSPACE_CONFIG"),
     "host": re.compile(r"OMP_NUM_THREADS|PYTHONUNBUFFERED|TORCH_LOGS|TORCH_CPP_LOG_LEVEL"),
 }
+# what a run doesn't inherit: it decides mathematics, is read before a variable above, is torchrun's (PET_…), or takes out
+# Megatron's assertions; names, and prefixes with a *
+NOT_INHERITED = (
+    "PYTHONOPTIMIZE",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TORCH_BLAS_PREFER_CUBLASLT",
+    "TRITON_DEFAULT_FP_FUSION",
+    "TRITON_F32_DEFAULT",
+    "TRITON_INTERPRET",
+    "CUPY_ACCELERATORS",
+    "CUPY_TF32",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "CUBLAS*",
+    "MAMBA_*",
+    "NVTE_*",
+    "PET_*",
+    "PYTORCH_*",
+)
 
 
 def purpose(variable: str) -> str | None:
@@ -47,11 +71,7 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Guards(_Frozen):
+class Guards(Frozen):
     """What stops or tames a step that goes wrong."""
 
     clip_grad: Positive = 1.0
@@ -62,7 +82,7 @@ class Guards(_Frozen):
     """fp16 only: a constant loss scale; None for Megatron's dynamic one."""
 
 
-class LauncherProfile(_Frozen):
+class LauncherProfile(Frozen):
     """Where and how a recipe is launched. Raises ValueError of one line that names every key at fault."""
 
     name: Name
@@ -71,7 +91,7 @@ class LauncherProfile(_Frozen):
     nodes: Size = 1
     gpus_per_node: Size = 1
     """Processes on each node, one a GPU; on a CPU, processes."""
-    rendezvous: str | None = None
+    rendezvous: Annotated[str | None, Field(json_schema_extra={"pattern": f"^{HOST_PORT.pattern}$"})] = None
     """HOST:PORT where the nodes meet; needed with more than one."""
     entry: Entry = "pretrain"
     """pretrain: Megatron's own training loop on our stack spec. train: `nam56r train`, without pipeline."""
@@ -111,16 +131,14 @@ class LauncherProfile(_Frozen):
     """Share the optimizer's state over the data-parallel processes."""
     guards: Guards = Guards()
 
-    environment: dict[str, Annotated[str, BeforeValidator(_text)]] = {}
+    environment: Annotated[dict[str, Annotated[str, BeforeValidator(_text)]], Field(json_schema_extra=_VARIABLES)] = {}
     """Variables by name; {run} in a value is the run's folder. Caches, allocator, communication, CUDA, threads: no other."""
     kernels: dict[str, str] = {}
     """Operator -> the name of the kernel that must run it."""
 
-    def __init__(self, **values: Any):
-        try:
+    def __init__(self, /, **values: Any):
+        with records.explained(LauncherProfile, f"profile {shown(values.get('name', 'without a name'))}"):
             super().__init__(**values)
-        except ValidationError as error:
-            raise ValueError(f"profile {shown(values.get('name', 'without a name'))}: {_one_line(error)}") from None
 
     @model_validator(mode="after")
     def _check(self) -> LauncherProfile:
@@ -130,7 +148,7 @@ class LauncherProfile(_Frozen):
         if self.rendezvous is not None and not HOST_PORT.fullmatch(self.rendezvous):
             problems.append(f"rendezvous = {shown(self.rendezvous)}, but must be HOST:PORT, such as node0:29500")
         for name, value in self.environment.items():
-            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            if not VARIABLE.fullmatch(name):
                 problems.append(f"environment: {shown(name)} is no variable's name: letters, digits and _ only")
             if "\0" in value:
                 problems.append(f"environment.{name} has a NUL character: take it out")
@@ -153,29 +171,11 @@ class LauncherProfile(_Frozen):
     @classmethod
     def load(cls, name_or_path: str | Path) -> LauncherProfile:
         """A preset by name, or a YAML file by path. Raises ValueError of one line."""
-        if str(name_or_path) in PROFILES:
-            return PROFILES[str(name_or_path)]
-        where = shown(str(name_or_path))
-        try:
-            text = Path(name_or_path).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            known = ", ".join(PROFILES)
-            raise ValueError(f"unknown profile {where}: no such file, and the presets are {known}") from None
-        except (OSError, ValueError) as error:
-            why = error.strerror if isinstance(error, OSError) else error
-            raise ValueError(f"profile {where} can't be read: {why}") from None
-        try:
-            values = read_yaml(text)
-        except ValueError as error:
-            raise ValueError(f"profile {where} is no YAML for a profile: {error}") from None
-        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-            raise ValueError(f"profile {where} must be a YAML mapping of the keys {', '.join(cls.model_fields)}")
-        return cls(**values)
+        return records.load(cls, "profile", name_or_path, PROFILES)
 
     def save(self, path: str | Path) -> None:
         """Write every value as YAML; `load` gives an equal profile."""
-        style = {"sort_keys": False, "allow_unicode": True}
-        Path(path).write_text(yaml.safe_dump(self.model_dump(mode="json"), **style), encoding="utf-8")
+        records.save(self, path)
 
     def with_overrides(self, settings: Iterable[str]) -> LauncherProfile:
         """A profile with "key=value" settings applied, values read as YAML ("tp=2", "environment.NCCL_DEBUG=INFO").
@@ -183,46 +183,17 @@ class LauncherProfile(_Frozen):
         null takes a variable or a kernel out. Raises ValueError of one line; an unknown key is answered with the nearest.
         """
         values = self.model_dump()
-        for setting in settings:
-            key, equals, text = setting.partition("=")
-            section, dot, last = key.strip().rpartition(".")
-            said = setting if setting.isprintable() and len(setting) <= 200 else shown(setting)
-            if not equals:
-                raise ValueError(f"--policy {said}: must be key=value, such as tp=2")
-            try:
-                value = read_yaml(text)
-            except ValueError as error:
-                raise ValueError(f"--policy {said}: the value is no YAML: {error}") from None
+        for said, key, value in records.assignments("--policy", settings, "tp=2"):
+            section, dot, last = key.rpartition(".")
             target = values.get(section) if dot else values
             if not isinstance(target, dict) or (last not in target and section not in OPEN):
-                raise ValueError(f"--policy {said}: {_unknown(key.strip())}")
+                raise ValueError(f"{said}: {records.unknown(LauncherProfile, key)}")
             if isinstance(target.get(last), dict):
-                raise ValueError(f"--policy {said}: {last} is a section: set one of its keys, such as {last}.KEY=VALUE")
+                raise ValueError(f"{said}: {last} is a section: set one of its keys, such as {last}.KEY=VALUE")
             target[last] = value
             if section in OPEN and value is None:
                 del target[last]
         return LauncherProfile(**values)
-
-
-def _unknown(key: str) -> str:
-    guards = [f"guards.{name}" for name in Guards.model_fields]
-    keys = [*(name for name in LauncherProfile.model_fields if name != "guards"), *guards]
-    near = difflib.get_close_matches(key[:100], keys, 1, 0.0) or keys
-    return f"unknown key {key if key.isprintable() and len(key) <= 100 else shown(key)}: the nearest is {near[0]}"
-
-
-def _one_line(error: ValidationError) -> str:
-    lines = []
-    for item in error.errors():
-        key = ".".join(str(part) if str(part).isprintable() else shown(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-        if item["type"] == "extra_forbidden":
-            lines.append(_unknown(key))
-        elif item["type"] == "missing":
-            lines.append(f"{key} is missing")
-        else:
-            lines.append(f"{key} = {shown(item['input'])}: {message}" if key else message)
-    return "; ".join(lines)
 
 
 _CACHES = {

@@ -10,6 +10,9 @@ from collections.abc import Iterable, Iterator
 from nam56r import memory
 from nam56r.launch.contract import LaunchContract, RankMemory
 from nam56r.launch.facts import Check
+from nam56r.launch.options import RECIPE
+from nam56r.launch.policy import TRACKER
+from nam56r.records import as_yaml
 
 PLAIN = re.compile(r"[A-Za-z0-9_@%+=:./-]+")
 QUOTES = "“”‘’‛‟′″"  # shellcheck takes them for mistyped quotes
@@ -25,7 +28,7 @@ def render(contract: LaunchContract, width: int = 80) -> str:
         ("profile", list(_profile(c, width))),
         ("checks", [_wrap(f"  {check.name}: {check.value}", width, 4) for check in c.checks if check.passed]),
         ("memory per pipeline rank, estimated, GiB", list(_memory(c, width))),
-        ("environment", [_wrap(f"  {name}={_quote(value)}", width, 4) for name, value in _environment(c)]),
+        ("environment", [_wrap(f"  {line}", width, 4) for line in _environment(c)]),
         ("torchrun", list(_words(_command(c), width))),
         (f"native args, {_passed(c)}", list(_words(c.generated_native_args, width)) or ["  none: see the refusals"]),
         ("fixed policy", list(_words(c.fixed_policy.args, width))),
@@ -60,7 +63,12 @@ def shell(contract: LaunchContract) -> str:
         *(line for note in c.notes for line in _comment(f"note: {note}")),
         "set -euo pipefail",
         "",
-        *(f"export {name}={_quote(value)}" for name, value in _environment(c)),
+        "# what could decide mathematics, processes or checks isn't inherited",
+        " \\\n".join(_folded(f"unset {' '.join(map(_all, c.fixed_policy.not_inherited))}", 116)),
+        *(f"export {name}={_quote(value)}" for name, value in c.fixed_policy.environment.items()),
+        "",
+        *_recipe(c),
+        *_unstarted(c),
         "",
     ]
     if c.passes_native_args:
@@ -122,8 +130,47 @@ def _activations(rank: RankMemory) -> str:
     return ", ".join(f"{family} {size / memory.GIB:.1f}" for family, size in rank.activations.items() if size)
 
 
-def _environment(c: LaunchContract) -> Iterable[tuple[str, str]]:
-    return c.fixed_policy.environment.items()
+def _environment(c: LaunchContract) -> Iterator[str]:
+    yield from (f"{name}={_quote(value)}" for name, value in c.fixed_policy.environment.items())
+    yield f"not inherited: {', '.join(c.fixed_policy.not_inherited)}"
+
+
+def _all(name: str) -> str:
+    """A variable's name, or in bash all that begin so."""
+    return f'"${{!{name.removesuffix("*")}@}}"' if name.endswith("*") else name
+
+
+def _recipe(c: LaunchContract) -> list[str]:
+    """Leave the recipe where the entry reads it; end where another one is there already."""
+    return [
+        f"recipe_file={_quote(f'{c.run.folder}/{RECIPE}')}",
+        "recipe=$(",
+        "  cat <<'RECIPE'",
+        as_yaml(c.recipe).rstrip(),
+        "RECIPE",
+        ")",
+        "if [[ ! -e $recipe_file ]]; then",
+        '  mkdir -p "${recipe_file%/*}"',
+        '  printf \'%s\\n\' "$recipe" >"$recipe_file"',
+        "fi",
+        'if [[ $(<"$recipe_file") != "$recipe" ]]; then',
+        "  printf '%s is another recipe than this launch has\\n' \"$recipe_file\" >&2",
+        "  exit 2",
+        "fi",
+    ]
+
+
+def _unstarted(c: LaunchContract) -> list[str]:
+    """End where checkpoints are that Megatron would write over; `nam56r train` sees to that itself."""
+    if c.entry == "train" or c.run.resume:
+        return []
+    return [
+        f"saved={_quote(f'{c.run.folder}/checkpoints/{TRACKER}')}",
+        "if [[ -e $saved ]]; then",
+        "  printf 'there are checkpoints (%s): go on from them with nam56r launch --resume\\n' \"$saved\" >&2",
+        "  exit 2",
+        "fi",
+    ]
 
 
 def _command(c: LaunchContract) -> tuple[str, ...]:
@@ -172,7 +219,11 @@ def _lines(args: Iterable[str]) -> list[str]:
 
 def _comment(text: str) -> list[str]:
     shown = "".join(character if character.isprintable() else " " for character in text)
-    return [f"# {line}" for line in textwrap.wrap(shown, 118, subsequent_indent="  ", break_on_hyphens=False)]
+    return [f"# {line}" for line in _folded(shown, 118)]
+
+
+def _folded(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _quote(word: str) -> str:

@@ -124,10 +124,10 @@ def processes(f: Facts) -> Iterator[Check]:
         )
     yield Check(
         name="nodes",
-        passed=p.nodes == 1 or p.rendezvous is not None,
+        passed=(p.nodes == 1) == (p.rendezvous is None),
         value=f"{p.nodes} node{'s' * (p.nodes > 1)}, rendezvous {p.rendezvous or 'none'}",
-        rule="several nodes meet at one HOST:PORT",
-        remedy="rendezvous = node0:29500; or nodes = 1",
+        rule="several nodes meet at one HOST:PORT, and one node nowhere",
+        remedy="rendezvous = null" if p.nodes == 1 else "rendezvous = node0:29500; or nodes = 1, rendezvous = null",
     )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossAutoScaler
-from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from nam56r.plan import Plan
 from nam56r.recipe import Recipe
@@ -42,6 +45,7 @@ def model_values(recipe: Recipe) -> dict[str, Any]:
         ffn_hidden_size=recipe.ffn_hidden_size,
         num_attention_heads=mla.num_heads,
         is_hybrid_model=True,  # output projections start at std / √depth
+        normalization="RMSNorm",
         layernorm_epsilon=recipe.norm_eps,
         init_method_std=recipe.init_std,
         add_bias_linear=False,
@@ -84,6 +88,13 @@ def model_values(recipe: Recipe) -> dict[str, Any]:
             moe_aux_loss_coeff=moe.aux_loss_coeff,
             moe_router_dtype="fp32",
         )
+    if symbols["M"]:
+        values |= dict(
+            mamba_state_dim=recipe.mamba.d_state,
+            mamba_head_dim=recipe.mamba.headdim,
+            mamba_num_groups=recipe.mamba.ngroups,
+            mamba_num_heads=recipe.mamba_heads,
+        )
     if recipe.mtp.num_depths:
         values["mtp_loss_scaling_factor"] = recipe.mtp.loss_coeff
     return values
@@ -97,6 +108,19 @@ OUR_VALUES: dict[str, Any] = dict(
     experimental_attention_variant_loss_scale_func=DSAIndexerLossAutoScaler.set_loss_scale,
     transformer_impl="local",
 )
+
+# What the operator may choose, or Megatron itself does: parallelism (all of ModelParallelConfig), where and how fast a
+# model runs, what `complete` sets, and what none of our layers reads.
+FREE = {field.name for field in fields(ModelParallelConfig)} | {
+    *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
+    *("distribute_saved_activations", "cp_comm_type", "config_logger_dir", "moe_per_layer_logging"),
+    *("enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl", "cuda_graph_modules", "cuda_graph_scope"),
+    *("cuda_graph_use_single_mempool", "cuda_graph_retain_backward_graph", "cuda_graph_warmup_steps"),
+    *("bias_dropout_fusion", "masked_softmax_fusion", "persist_layer_norm", "moe_permute_fusion", "moe_router_fusion"),
+    *("moe_token_dispatcher_type", "moe_flex_dispatcher_backend", "inference_rng_tracker", "inference_sampling_seed"),
+    *("attention_softmax_in_fp32", "rotary_scaling_factor"),  # of Megatron's own core, and of YaRN
+    *OUR_VALUES,
+} - {"transformer_impl"}  # Megatron's stock layers are another model
 
 
 def transformer_config(
@@ -130,21 +154,37 @@ def transformer_config(
     return Config(recipe=recipe, plan=plan, **(model_values(recipe) | OUR_VALUES | placement | overrides))
 
 
-def complete(config: MLATransformerConfig, recipe: Recipe, plan: Plan) -> None:
+def complete(
+    config: TransformerConfig, recipe: Recipe, plan: Plan, *, stock: bool = False, also: Iterable[str] = ()
+) -> None:
     """Give a configuration that Megatron made from its flags what no flag can say: the recipe and the plan.
 
-    Raises ValueError naming every value that disagrees with the recipe.
+    stock: it is for Megatron's own layers. also: what else was found to disagree. Raises ValueError naming that, and every field that has another value than
+    the recipe, or, where the recipe has none and the operator may not choose, than Megatron's default: our layers would
+    ignore it, or become another model.
     """
-    differing = []
-    for name, value in model_values(recipe).items():
-        found = getattr(config, name, None)
-        if found != value:
-            differing.append(f"{name} is {found}, but the recipe has {value}")
-    if differing:
+    if differing := [*also, *_disagreements(config, recipe, stock)]:
         raise ValueError(
             f"Megatron's arguments disagree with recipe {recipe.name}: {'; '.join(differing)}: "
             "take them from `nam56r translate` or `nam56r launch`"
         )
-    for name, value in OUR_VALUES.items():
+    for name, value in () if stock else OUR_VALUES.items():
         setattr(config, name, value)
     config.recipe, config.plan = recipe, plan
+
+
+def _disagreements(config: TransformerConfig, recipe: Recipe, stock: bool) -> Iterator[str]:
+    values = model_values(recipe)
+    if "q_lora_rank" in values and not isinstance(config, MLATransformerConfig):
+        yield "multi_latent_attention is False, but the recipe has attention"
+        return
+    wanted = type(config)(**values, transformer_impl="transformer_engine" if stock else "local")
+    for field in fields(wanted):
+        found, value = _plain(getattr(config, field.name)), _plain(getattr(wanted, field.name))
+        if field.name not in FREE and found != value:
+            yield f"{field.name} is {found}, but the recipe has {value}"
+
+
+def _plain(value: Any) -> Any:
+    """Initialisation functions are partials, which compare by identity."""
+    return (value.func.__name__, value.keywords) if isinstance(value, partial) else value

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from nam56r.recipe import Recipe
+from nam56r.records import Frozen, explained
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -16,7 +17,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 CHANGEABLE = frozenset({"data", "out", "resume", "steps", "save_every", "keep", "log_every"})
 
 
-class TrainOptions(BaseModel):
+class TrainOptions(Frozen):
     """A run. Raises ValueError of one line that names what is wrong.
 
     data          prefix of a data set that `nam56r data build` made
@@ -34,8 +35,6 @@ class TrainOptions(BaseModel):
     keep          checkpoints that are kept, the newest
     log_every     steps between lines where there is no terminal to show a bar on
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: Recipe
     data: str
@@ -58,15 +57,9 @@ class TrainOptions(BaseModel):
     log_every: Count = 10
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
 
-    def __init__(self, **values: Any):
-        try:
+    def __init__(self, /, **values: Any):
+        with explained(TrainOptions, "train"):
             super().__init__(**values)
-        except ValidationError as error:
-            lines = []
-            for item in error.errors():
-                key, message = ".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
-                lines.append(f"{key} = {item['input']!r}: {message}" if key else message)
-            raise ValueError(f"train: {'; '.join(lines)}") from None
 
     @model_validator(mode="after")
     def _check(self) -> TrainOptions:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
-
 from nam56r import features
-from nam56r.pattern import Pattern, parse, shown
+from nam56r.pattern import Pattern, parse
 from nam56r.recipe import Recipe, Role
+from nam56r.records import Frozen, shown
 
 NATIVE = {"mla": "+", "dsa": "D", "moe": "E", "mamba3": "M", "mamba2": "M"}
 VISIBLE = NATIVE | {"m2rnn": "R"}
@@ -44,11 +43,7 @@ SEAMS: dict[str, _Seam] = {
 SEAM_SYMBOLS = ("mamba3", "m2rnn")  # roles whose symbol itself is a seam: E means a mixture of experts in Megatron too
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TranslatedSlot(_Frozen):
+class TranslatedSlot(Frozen):
     """One layer: its number, rank in its family (from 0), authored symbol, role, and native symbol (R stays R).
 
     seams has its symbol where Megatron means another block by it, or none.
@@ -63,7 +58,7 @@ class TranslatedSlot(_Frozen):
     features: tuple[str, ...]
 
 
-class Issue(_Frozen):
+class Issue(Frozen):
     """What keeps a recipe from being native: a seam, which our stack spec serves, or a fault, which nothing does."""
 
     layer: int | Literal["model"]
@@ -72,7 +67,7 @@ class Issue(_Frozen):
     text: str
 
 
-class Refusal(_Frozen):
+class Refusal(Frozen):
     """Why a recipe can't be built: where (a layer's number, "head", "mtp 1", "model"), which operator or feature."""
 
     layer: int | str
@@ -80,7 +75,7 @@ class Refusal(_Frozen):
     reasons: tuple[str, ...]
 
 
-class TranslationPlan(_Frozen):
+class TranslationPlan(Frozen):
     """A recipe beside what it lowers to. JSON in and out through pydantic.
 
     source_pattern  as authored, before tiling

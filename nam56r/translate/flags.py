@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pydantic import BaseModel, ConfigDict
-
 from nam56r.recipe import Recipe
+from nam56r.records import Frozen
 from nam56r.translate.contract import TranslationPlan, TranslationRefused, has_attention, has_sharing, index_sharing
 
 DISPATCHERS = ("alltoall", "allgather", "flex")
 Flag = tuple[str | int | float, ...]
 
 
-class MegatronArgs(BaseModel):
+class MegatronArgs(Frozen):
     """Words of a command line, and what they can't say."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     args: tuple[str, ...]
     custom_notes: tuple[str, ...]

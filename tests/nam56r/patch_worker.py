@@ -21,6 +21,7 @@ import logging
 import multiprocessing
 import os
 import pkgutil
+import signal
 import sys
 import tempfile
 import warnings
@@ -41,6 +42,19 @@ SETTINGS = (
     "get_num_threads",
     "is_grad_enabled",
     "overrides._get_current_function_mode_stack",
+    "utils._python_dispatch._get_current_dispatch_mode_stack",
+    "get_deterministic_debug_mode",
+    "is_anomaly_enabled",
+    "is_inference_mode_enabled",
+    *(f"backends.cuda.{kind}_sdp_enabled" for kind in ("flash", "mem_efficient", "math", "cudnn")),
+)
+# and settings that are attributes
+FLAGS = tuple(
+    f"backends.{name}"
+    for name in (
+        *("cuda.matmul.allow_tf32", "cuda.matmul.allow_bf16_reduced_precision_reduction", "cudnn.allow_tf32"),
+        *("cudnn.enabled", "cudnn.benchmark", "cudnn.deterministic"),
+    )
 )
 VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, Enum)
 
@@ -141,6 +155,8 @@ def settings() -> Iterator[tuple[str, Any]]:
     yield from ((f"os.environ.{name}", value) for name, value in os.environ.items())
     yield "warnings.filters", repr(warnings.filters)
     yield from ((f"torch.{name}", repr(pkgutil.resolve_name(f"torch.{name}")())) for name in SETTINGS)
+    yield from ((f"torch.{name}", repr(pkgutil.resolve_name(f"torch.{name}"))) for name in FLAGS)
+    yield from ((f"signal.{number.name}", repr(signal.getsignal(number))) for number in signal.Signals)
     for name, logger in (("root", logging.root), *logging.root.manager.loggerDict.items()):
         if isinstance(logger, logging.Logger) and not name.startswith("nam56r"):
             state = logger.level, logger.disabled, logger.propagate, logger.filters, logger.handlers
@@ -167,7 +183,7 @@ def is_own_doing(path: str, before: Snapshot, after: Snapshot) -> bool:
 
     - no code before and after, and a name that its own module assigns in a function (a global, or a class's attribute),
       or something in a container that was empty, such as a tracker;
-    - a function of torch's that torch put among its own, such as what marks one as not to be compiled;
+    - a function of torch's where torch had none, such as what marks one as not to be compiled;
     - a dunder that Python adds to a class, which is no Python function;
     - an environment variable for Transformer Engine, which Megatron sets with every language model.
     """
@@ -178,7 +194,7 @@ def is_own_doing(path: str, before: Snapshot, after: Snapshot) -> bool:
     if old is ABSENT.value and last.startswith("__") and last.endswith("__") and not isinstance(new, FunctionType):
         return True
     if is_code(old) or is_code(new):
-        return path.startswith("torch.") and getattr(new, "__module__", "").startswith("torch.")
+        return old is ABSENT.value and path.startswith("torch.") and getattr(new, "__module__", "").startswith("torch.")
     container, inside, _ = path.partition("[")
     if inside and container in before and not any(key.startswith(f"{container}[") for key in before):
         return True
@@ -380,6 +396,7 @@ def inject() -> list[str]:
         "megatron.core.distributed.finalize_model_grads.get_attr_wrapped_model": lambda *_: None,
         "torch.cuda.Event": type("Event", (), {}),
         "torch.nn.modules.linear.Linear.forward": lambda self, x: x,
+        "torch.nn.functional.silu": torch.nn.functional.gelu,  # torch's own in another's place
         # inside a function
         "megatron.core.utils.ensure_divisibility.__code__": (lambda numerator, denominator: None).__code__,
         "megatron.core.utils.get_attr_wrapped_model.__defaults__": (False, True),
@@ -415,7 +432,10 @@ def inject() -> list[str]:
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "7"
     warnings.simplefilter("ignore", ResourceWarning)
     torch.use_deterministic_algorithms(True)
-    settings = ("logging.megatron.core.utils", "os.environ.CUDA_DEVICE_MAX_CONNECTIONS", "warnings.filters")
+    torch.backends.cudnn.benchmark = True
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    settings = ("signal.SIGTERM", "torch.backends.cudnn.benchmark", "torch.get_deterministic_debug_mode")
+    settings += ("logging.megatron.core.utils", "os.environ.CUDA_DEVICE_MAX_CONNECTIONS", "warnings.filters")
     return sorted([*paths, *settings, "torch.are_deterministic_algorithms_enabled"])
 
 

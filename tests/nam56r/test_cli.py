@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 
@@ -209,3 +210,9 @@ def test_train_hands_every_option_on(tmp_path, monkeypatch):
     assert given["recipe"] == PRESETS["nam56r-tiny"].with_overrides(["init_std=0.01", "mtp.num_depths=0"])
     assert fields.keys() == {*others, "recipe", "data", "out", "steps", "resume", "kernels"}
     assert fields.keys() <= {*inspect.signature(cli.training.train).parameters, "kernels"}
+
+
+def test_output_is_utf_8_in_any_locale():
+    command = [sys.executable, "-W", "ignore", "-m", "nam56r", "translate", "--recipe", "nam56r-tiny"]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "latin-1"})
+    assert done.returncode == 0 and "R m2rnn  → R" in done.stdout.decode()

@@ -95,6 +95,27 @@ def test_the_schema_names_every_key_and_what_it_may_be():
     assert schema["properties"]["cuda_graphs"]["enum"] == ["none", "local", "transformer_engine", "full_iteration"]
     assert schema["properties"]["device"]["enum"] == list(DEVICES)
     assert schema["additionalProperties"] is False
+    # what the schema has of patterns and bounds is what a profile takes
+    guards = schema["$defs"]["Guards"]["properties"]
+    assert guards["clip_grad"]["exclusiveMinimum"] == 0
+    for key, values in {
+        "name": ["x", "", " x", "a\nb", "é x"],
+        "rendezvous": ["a:1", "node-0.b:29500", "a", ":1", "-a:1", "a b:1", "a:123456"],
+    }.items():
+        pattern = schema["properties"][key]["pattern"]
+        for value in values:
+            assert bool(re.search(pattern, value)) == taken({"name": "x"} | {key: value}), (key, value)
+    names = schema["properties"]["environment"]["propertyNames"]["pattern"]
+    assert schema["properties"]["environment"]["additionalProperties"]["type"] == ["string", "number"]
+    for name in ("A", "_1", "1A", "", "A B", "é"):
+        assert bool(re.search(names, name)) == taken({"name": "x", "environment": {name: 1}}), name
+
+
+def taken(values):
+    try:
+        return bool(LauncherProfile(**values))
+    except ValueError:
+        return False
 
 
 def test_cuda_graph_implementations_are_megatrons():
@@ -186,6 +207,7 @@ ONE_FAULT = [
     ("cpu-x2", ["tp=4"], "processes", "tp 4 · pp 1 · cp 1 = 4"),
     ("cpu-x2", ["ep=3"], "experts", "ep = 2"),
     ("cpu", ["nodes=2", "global_batch=2"], "nodes", "rendezvous none"),
+    ("cpu", ["rendezvous=node0:29500"], "nodes", "rendezvous = null"),
     ("cpu-x2", ["tp=2", "global_batch=1", "gpus_per_node=16"], "batch", "global_batch = 8"),
     ("cpu-x2", ["global_batch=3"], "batch", "global_batch = 2; or global_batch = 4"),
     ("cpu-x2", ["entry=pretrain", "pp=2", "vpp=2", "global_batch=3"], "interleaving", "3 microbatches, pp 2"),
@@ -194,7 +216,7 @@ ONE_FAULT = [
     ("cpu-x2", ["entry=pretrain", "pp=2"], "sparse A on every stage", "by pipeline rank: 1, 0"),
     ("cpu-x2", ["entry=pretrain", "pp=2", "layout=AEMEAEMEAE|MR"], "E on every stage", "by pipeline rank: 5, 0"),
     ("cpu", ["guards.loss_scale=8", "entry=pretrain"], "loss scale", "8.0 with fp32"),
-    ("cpu", ["distributed_optimizer=true", "entry=pretrain"], "optimizer", "distributed_optimizer true on cpu"),
+    ("h200", ["distributed_optimizer=false", "entry=pretrain"], "optimizer", "distributed_optimizer = true"),
     ("cpu", ["sparse_mode=warmup"], "sparse mode", "no implementation"),
     ("cpu", ["entry=pretrain", "cuda_graphs=local"], "graphs: device", "local on cpu"),
     ("cpu", ["environment.NVIDIA_TF32_OVERRIDE=1"], "environment", "NVIDIA_TF32_OVERRIDE = 1"),
@@ -203,6 +225,12 @@ ONE_FAULT = [
     ("cpu", ["kernels.m2rnn=fastest"], "kernel names", "m2rnn has no kernel fastest: one of reference"),
     ("cpu", ["kernels.m3rnn=reference"], "kernel names", "m3rnn is no operator: one of mla_attention"),
     ("h200", [], "plan", "m2rnn at 12: reference: a development kernel"),
+    (
+        "cpu-x2",
+        ["tp=2", "kernels.linear_cross_entropy=torch"],
+        "plan",
+        "linear_cross_entropy=torch is asked for by name, but tp > 1 splits the vocabulary",
+    ),
     ("h200", [*REFERENCES, "entry=pretrain", "guards.check_nan=true", "precision=fp16"], "NaN check", "dynamic"),
     ("h200", [*REFERENCES, "entry=pretrain", "cuda_graphs=local"], "graphs: kernels", "m2rnn=reference at 12"),
     ("h200", ["entry=pretrain", "cuda_graphs=local", "recompute=full"], "graphs: recompute", "recompute = none"),
@@ -274,6 +302,21 @@ def test_what_tp_splits_must_divide(change, words):
     assert f"{words} doesn't divide by tensor_parallel = 2" in check.value and check.remedy == "tp = 1"
 
 
+def test_heads_are_asked_of_a_model_without_attention_too(megatron):
+    recipe = TINY.with_overrides(["pattern=MR", "dsa.ranks=[]", "mtp.num_depths=0", "mla.num_heads=3"])
+    contract = contract_of(recipe, PROFILES["cpu-x2"], "tp=2", "entry=pretrain")
+    (check,) = contract.refused
+    assert check.name == "tensor parallel" and check.value == "mla.num_heads = 3 doesn't divide by tensor_parallel = 2"
+    with pytest.raises(ValueError, match="num_attention_heads .3. must be a multiple"):
+        validated(contract, megatron)
+
+
+def test_a_kernel_by_name_that_nothing_runs_is_noted():
+    recipe = TINY.with_overrides(["pattern=AM", "dsa.ranks=[]"])
+    contract = contract_of(recipe, PROFILES["cpu"], "kernels.m2rnn=reference", "kernels.mamba3_scan=reference")
+    assert contract.accepted and "no part of the model runs the operator of m2rnn=reference" in contract.notes
+
+
 def test_a_refusal_lists_everything_at_once():
     policy = ["tp=3", "cp=2", "vpp=5", "sparse_mode=warmup", "precision=fp16", "environment.FOO=1", "mtp_depths=7"]
     policy += ["kernels.m2rnn=fastest", "cuda_graphs=local", "recompute=full", "global_batch=63", "ep=5", "depth=3"]
@@ -338,7 +381,9 @@ def test_the_run_s_folder_is_in_the_environment_and_nothing_else_is_replaced():
         ({"warmup_steps": 40}, "warmup_steps = 40, but must be less than steps = 40"),
         ({"min_lr": 1.0}, "min_lr = 1.0, but must not be more than lr = 0.001"),
         ({"lr": float("nan")}, "lr = nan"),
-        ({"seed": -1}, "seed = -1"),
+        ({"seed": 0}, "seed = 0"),
+        ({"out": "a\udcff", "min_lr": 1.0}, "out = 'a\\udcff', but must be a path in UTF-8"),
+        ({"out": "a\udcff", "min_lr": 1.0}, "min_lr = 1.0, but must not be more"),
     ],
 )
 def test_wrong_run_options_are_one_line(change, message):

@@ -107,6 +107,36 @@ def test_the_same_folder_is_refused_without_resume_and_nothing_runs(place, ran):
     assert other.exit_code == 3 and "init_std: 0.5 here, 0.02 there" in other.stdout
 
 
+def test_a_resumed_run_goes_on_with_what_it_started_with(place, ran):
+    words = ["--profile", "cpu-x2", "--data", place / "set", "--steps", 3, "--resume"]
+    changed = call(place, "run", *words, "--lr", 0.5, "--seed", 2, "--entry", "pretrain")
+    said = " ".join(changed.stdout.split())
+    assert changed.exit_code == 3
+    for fault in ("lr: 0.5 here, 0.001 there", "final_lr: 0.05 here", "seed: 2 here, 1 there", "entry: pretrain here"):
+        assert fault in said
+    # Megatron would train from the start
+    folder = place / "without checkpoint"
+    folder.mkdir()
+    written(folder, entry="pretrain")
+    none = call(place, folder.name, *words, "--entry", "pretrain")
+    assert none.exit_code == 3 and "has no checkpoint" in " ".join(none.stdout.split())
+    (place / "a file").write_text("")
+    file = call(place, "a file", "--profile", "cpu-x2", "--data", place / "set", "--steps", 3)
+    assert file.exit_code == 3 and "is no folder" in " ".join(file.stdout.split())
+    (folder / "contract.json").write_text("{}")
+    broken = call(place, folder.name, *words)
+    assert broken.exit_code == 3 and "has no launch that can be read" in " ".join(broken.stdout.split())
+
+
+def written(folder, **policy):
+    """Leave in a folder what a launch writes before it runs."""
+    settings = [f"{key}={value}" for key, value in policy.items()]
+    run = RunOptions(data="d", out=str(folder), steps=3)
+    sys.modules["nam56r.launch.start"].write(
+        make_contract(small_recipe(), PROFILES["cpu-x2"].with_overrides(settings), run)
+    )
+
+
 def test_a_refused_launch_leaves_no_folder(place):
     refused = call(place, "refused", "--profile", "h200", "--data", place / "set", "--steps", 3)
     assert refused.exit_code == 3

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from nam56r import cli
 from nam56r.launch import PROFILES, LaunchContract, LauncherProfile, RunOptions, make_contract, render, shell
-from nam56r.recipe import PRESETS
+from nam56r.recipe import PRESETS, Recipe
 from tests.nam56r.test_launch import NAM56R, REFERENCES, RUN, TINY, contract_of
 
 HOSTILE = [
@@ -45,14 +46,14 @@ def shellcheck(script):
     return done.stdout.decode()
 
 
-def read_back(script):
-    """What bash makes of a script: its exported variables and the words it would run."""
+def read_back(script, **inherited):
+    """What bash makes of a script: its exported variables and the words it would run. In a folder of its own, far down."""
     show = "python3 -c 'import os, sys, json; print(json.dumps([sys.argv[1:], dict(os.environ)]))'"
     assert script.count("\nexec torchrun ") == 1
     printed = script.replace("\nexec torchrun ", f"\nexec {show} torchrun ")
-    done = subprocess.run(
-        ["bash", "-c", printed], capture_output=True, check=True, env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"}
-    )
+    environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"} | inherited
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(["bash", "-c", printed], capture_output=True, check=True, env=environment, cwd=folder)
     return json.loads(done.stdout)
 
 
@@ -94,12 +95,64 @@ def test_hostile_paths_and_values_survive(text):
 )
 def test_any_path_survives(text):
     try:
-        run = RunOptions(data=text, out=text, steps=3)
-        text.encode()
-    except (ValueError, UnicodeEncodeError):
+        # the script makes the folder: one below its own
+        run = RunOptions(data=text, out=text.replace("..", "").strip("/") or "out", steps=3)
+    except ValueError:
         return
     words, _ = read_back(shell(make_contract(TINY, PROFILES["cpu"], run)))
     assert words[words.index("--data") + 1] == run.prefix and words[words.index("--out") + 1] == run.folder
+
+
+def test_what_decides_mathematics_is_not_inherited():
+    hostile = {"NVIDIA_TF32_OVERRIDE": "1", "NVTE_FLASH_ATTN": "0", "PYTORCH_CUDA_ALLOC_CONF": "x", "CUBLASLT_X": "1"}
+    hostile |= {"PET_MAX_RESTARTS": "3", "PYTHONOPTIMIZE": "1"}
+    contract = contract_of(TINY, PROFILES["h200"], *REFERENCES)
+    assert contract.accepted
+    _, environment = read_back(shell(contract), **hostile, NCCL_SOCKET_IFNAME="eth0")
+    assert not hostile.keys() & environment.keys() and environment["NCCL_SOCKET_IFNAME"] == "eth0"
+    # cleared first, then set
+    assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert "not inherited: PYTHONOPTIMIZE, NVIDIA_TF32_OVERRIDE, " in " ".join(render(contract).split())
+
+
+def test_the_script_brings_its_recipe_and_takes_no_other(tmp_path):
+    recipe = TINY.with_overrides(["name='é # \"x\" $(id)'"])
+    script = shell(make_contract(recipe, PROFILES["cpu"], RunOptions(data="d", out="run at night", steps=3)))
+    assert shellcheck(script) == ""
+    (tmp_path / "torchrun").write_text("#!/bin/sh\nexit 37\n")
+    (tmp_path / "torchrun").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "LC_ALL": "C.UTF-8"}
+
+    def run():
+        return subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    assert run().returncode == 37
+    left = tmp_path / "run at night" / "recipe.yaml"
+    assert Recipe.load(left) == recipe
+    recipe.save(left)  # as `launch` and `train` do
+    assert run().returncode == 37
+    recipe.with_overrides(["mamba.mimo_rank=1"]).save(left)
+    other = run()
+    assert (other.returncode, other.stderr) == (2, "run at night/recipe.yaml is another recipe than this launch has\n")
+
+
+def test_the_script_writes_over_no_checkpoint(tmp_path):
+    pretrain = PROFILES["cpu"].with_overrides(["entry=pretrain"])
+    (tmp_path / "torchrun").write_text("#!/bin/sh\nexit 37\n")
+    (tmp_path / "torchrun").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "LC_ALL": "C.UTF-8"}
+
+    def run(**options):
+        script = shell(make_contract(TINY, pretrain, RunOptions(data="d", out="a b", steps=3, **options)))
+        assert shellcheck(script) == ""
+        return subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    assert run().returncode == 37
+    (tmp_path / "a b" / "checkpoints").mkdir()
+    (tmp_path / "a b" / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
+    again = run()
+    assert again.returncode == 2 and "go on from them with nam56r launch --resume" in again.stderr
+    assert run(resume=True).returncode == 37
 
 
 def test_hostile_names_are_comments_only():

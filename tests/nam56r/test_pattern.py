@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nam56r.pattern import MAX_DEPTH, SYMBOLS, parse, shown
+from nam56r.pattern import MAX_DEPTH, SYMBOLS, parse
 from nam56r.recipe import Recipe
 
 PERIOD = "AEMEAEMEAEMR"
@@ -113,13 +113,3 @@ def test_refuses_a_layer_and_a_symbol_that_are_not_there():
         parse("AEMR").rank(0)
     with pytest.raises(ValueError, match="no block symbol"):
         parse("AEMR").numbers("AE")
-
-
-@given(st.text() | st.integers() | st.recursive(st.none(), st.lists, max_leaves=3))
-def test_what_an_error_shows_is_one_short_line(value):
-    assert shown(value).isprintable() and len(shown(value)) <= 100
-
-
-def test_an_error_shows_what_python_can_not_print():
-    assert shown(10**5000) == "int too large to print"
-    assert shown("x" * 5000).endswith("… (5002 characters)")

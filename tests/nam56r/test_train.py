@@ -152,7 +152,7 @@ def test_refusals_before_anything_is_built(place):
         ({"warmup_steps": 7}, "warmup_steps = 7, but must be less than steps = 7"),
         ({"min_lr": 1.0}, "min_lr = 1.0, but must not be more than lr = 0.001"),
         ({"device": "tpu"}, "device = 'tpu'"),
-        ({"stpes": 7}, "stpes = 7: Extra inputs"),
+        ({"stpes": 7}, "unknown key stpes: the nearest is steps"),
     ],
 )
 def test_options_name_what_is_wrong(changed, match):
