@@ -70,6 +70,13 @@ def test_trains(model):
     assert not dead
 
 
+def test_stage_boundaries_drop_no_layers(model):
+    """Megatron builds the first segment alone when there is one pipeline stage."""
+    divided = build(small_recipe("pattern=AE|MRA"))
+    assert divided.decoder.layer_type_list == model.decoder.layer_type_list == list("DEMR+")
+    assert [n for n, _ in divided.named_parameters()] == [n for n, _ in model.named_parameters()]
+
+
 def test_counts_what_the_recipe_says(model):
     """Parameters of the built model, family by family."""
     for recipe, built in ((small_recipe(), model), (small_recipe("mamba.mimo_rank=1", "mtp.num_depths=2"), None)):
