@@ -159,9 +159,9 @@ def complete(
 ) -> None:
     """Give a configuration that Megatron made from its flags what no flag can say: the recipe and the plan.
 
-    stock: it is for Megatron's own layers. also: what else was found to disagree. Raises ValueError naming that, and every field that has another value than
-    the recipe, or, where the recipe has none and the operator may not choose, than Megatron's default: our layers would
-    ignore it, or become another model.
+    stock: it is for Megatron's own layers. also: what else was found to disagree.
+    Raises ValueError naming that, and every field that has another value than the recipe, or, where the recipe has none
+    and the operator may not choose, than Megatron's default: our layers would ignore it, or become another model.
     """
     if differing := [*also, *_disagreements(config, recipe, stock)]:
         raise ValueError(
