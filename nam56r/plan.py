@@ -19,7 +19,7 @@ from nam56r.kernels.registry import FAMILY, Device, NoKernel, Problem, Spec, can
 from nam56r.problems import Workload
 from nam56r.recipe import Recipe, Role
 from nam56r.records import Frozen, load_json
-from nam56r.translate import Refusal, translate
+from nam56r.translate import Refusal, together, translate
 
 MEGATRON = "megatron"  # the vocabulary-parallel cross entropy, which isn't ours
 
@@ -83,10 +83,8 @@ class PlanRefused(ValueError):
 
     def __init__(self, plan: Plan):
         self.plan, self.refusals = plan, plan.refusals
-        where: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-        for refusal in plan.refusals:
-            where.setdefault((refusal.operator, refusal.reasons), []).append(str(refusal.layer))
-        lines = [f"  {operator} at {', '.join(at)}: {'; '.join(why)}" for (operator, why), at in where.items()]
+        where = together(plan.refusals).items()
+        lines = [f"  {operator} at {', '.join(at)}: {'; '.join(why)}" for (operator, why), at in where]
         super().__init__("\n".join([f"{plan.recipe} on {plan.device} is refused:", *lines]))
 
 

@@ -46,9 +46,10 @@ def launch(
     With --dry-run the data and the profile's device need not be there. Without it RUN gets recipe.yaml, profile.yaml,
     contract.json and launch.sh, torchrun runs, and the exit code is its own.
     """
-    from nam56r.launch import LauncherProfile, LaunchRefused, RunOptions, make_contract, render, shell, start
+    from nam56r.launch import LauncherProfile, LaunchRefused, RunOptions, make_contract, shell, start
     from nam56r.plan import kernels_named
     from nam56r.recipe import Recipe
+    from nam56r.report.launch import render
 
     if schema:
         typer.echo(json.dumps(LauncherProfile.model_json_schema(), indent=1))

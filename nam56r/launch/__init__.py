@@ -8,7 +8,7 @@ from nam56r.launch.contract import LaunchContract, LaunchRefused, make_contract
 from nam56r.launch.facts import Check
 from nam56r.launch.options import RunOptions
 from nam56r.launch.profile import PROFILES, Guards, LauncherProfile
-from nam56r.launch.script import render, shell
+from nam56r.launch.script import shell
 from nam56r.launch.start import start
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "LauncherProfile",
     "RunOptions",
     "make_contract",
-    "render",
     "shell",
     "start",
 ]

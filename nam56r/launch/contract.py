@@ -14,7 +14,7 @@ from nam56r.launch.options import RECIPE, RunOptions
 from nam56r.launch.profile import NOT_INHERITED, CudaGraphs, Entry, Guards, LauncherProfile, Precision
 from nam56r.recipe import Recipe
 from nam56r.records import Frozen, load_json
-from nam56r.translate import Refusal, megatron_args, translate
+from nam56r.translate import Refusal, megatron_args
 
 MODULES = {"pretrain": "nam56r.megatron.pretrain", "train": "nam56r"}
 # the optimizer of `nam56r train`, for Megatron's own loop to train the same
@@ -355,7 +355,7 @@ def _acceptance(f: Facts) -> PlanAcceptance:
 
 def _notes(f: Facts) -> list[str]:
     p = f.profile
-    notes = [note for note in f.plan.notes if note not in translate(f.recipe).custom_notes]
+    notes = [note for note in f.plan.notes if note not in f.own_translation.custom_notes]
     if p.entry == "train":
         notes.append("nam56r train takes the recipe itself: the native flags say the same, and aren't passed")
     elif f.translation.stack_spec is None:

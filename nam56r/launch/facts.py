@@ -94,6 +94,11 @@ class Facts:
         return translate(self.recipe, strict=self.strict, layout="|".join(self.pattern.segments))
 
     @cached_property
+    def own_translation(self) -> TranslationPlan:
+        """As the plan has it: of the recipe alone, without the profile's layout and not strict."""
+        return translate(self.recipe)
+
+    @cached_property
     def data_parallel(self) -> int | None:
         """Data-parallel processes; None where the sizes don't divide the processes."""
         together = self.profile.tp * self.profile.pp * self.profile.cp
@@ -154,7 +159,7 @@ class Facts:
     @cached_property
     def plan_refusals(self) -> tuple[Refusal, ...]:
         """Of slots that nothing can run; those of the translation are the translation's."""
-        return tuple(r for r in self.plan.refusals if r not in translate(self.recipe).refusals)
+        return tuple(r for r in self.plan.refusals if r not in self.own_translation.refusals)
 
     @property
     def parts(self) -> tuple[tuple[int | str, Part], ...]:

@@ -16,6 +16,7 @@ from nam56r.launch.facts import ARGUMENTS, CONFIG, Check, Facts, kernel_names
 from nam56r.launch.options import CONTRACT, RECIPE, RunOptions
 from nam56r.launch.profile import ENVIRONMENT, purpose
 from nam56r.recipe import Recipe
+from nam56r.translate import together
 
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's name of the newest checkpoint
 
@@ -207,9 +208,7 @@ def translation(f: Facts) -> Iterator[Check]:
         rule="a kernel is asked for by an operator's and a kernel's name",
         remedy="names from those lists",
     )
-    places: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for refusal in f.plan_refusals:
-        places.setdefault((refusal.operator, refusal.reasons), []).append(str(refusal.layer))
+    places = together(f.plan_refusals)
     by_name = [op for op, reasons in places if any(f"({op}=" in reason for reason in reasons)]
     yield Check(
         name="plan",

@@ -16,6 +16,7 @@ from nam56r.pattern import Pattern, parse
 from nam56r.plan import Plan, Slot
 from nam56r.recipe import Recipe
 from nam56r.report.table import Place, counts, groups, places, short, size
+from nam56r.translate import together
 
 COLUMNS = 12  # slots in a row where the pattern's own period is longer than 16
 NAMES = dict(
@@ -205,11 +206,8 @@ def _legend(plan: Plan) -> Html:
 
 def _refusals(plan: Plan) -> Html:
     """What is refused for the same reasons, together."""
-    where: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for refusal in plan.refusals:
-        where.setdefault((refusal.operator, refusal.reasons), []).append(str(refusal.layer))
     items = []
-    for (operator, reasons), layers in where.items():
+    for (operator, reasons), layers in together(plan.refusals).items():
         numbers = all(layer.isdigit() for layer in layers)
         at = f"layer{'s' * (len(layers) > 1)} {', '.join(layers)}" if numbers else ", ".join(layers)
         items.append(tag("li", tag("h3", f"{operator} at {at}"), tag("ul", *(tag("li", why) for why in reasons))))

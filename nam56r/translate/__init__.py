@@ -11,9 +11,10 @@ from nam56r.translate.contract import (
     TranslatedSlot,
     TranslationPlan,
     TranslationRefused,
+    together,
     translate,
 )
-from nam56r.translate.flags import DISPATCHERS, MegatronArgs, megatron_args
+from nam56r.translate.flags import DISPATCHERS, MegatronArgs, by_flag, megatron_args
 
 __all__ = [
     "DISPATCHERS",
@@ -24,6 +25,8 @@ __all__ = [
     "TranslatedSlot",
     "TranslationPlan",
     "TranslationRefused",
+    "by_flag",
     "megatron_args",
+    "together",
     "translate",
 ]

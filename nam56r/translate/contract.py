@@ -75,6 +75,14 @@ class Refusal(Frozen):
     reasons: tuple[str, ...]
 
 
+def together(refusals: Iterable[Refusal]) -> dict[tuple[str, tuple[str, ...]], list[str]]:
+    """Where each operator is refused for the same reasons: (operator, reasons) -> places, in order."""
+    where: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for refusal in refusals:
+        where.setdefault((refusal.operator, refusal.reasons), []).append(str(refusal.layer))
+    return where
+
+
 class TranslationPlan(Frozen):
     """A recipe beside what it lowers to. JSON in and out through pydantic.
 

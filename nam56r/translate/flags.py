@@ -6,7 +6,7 @@ A family that the model hasn't got has no flags, except the sizes that Megatron 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from nam56r.recipe import Recipe
 from nam56r.records import Frozen
@@ -25,12 +25,19 @@ class MegatronArgs(Frozen):
     @property
     def flags(self) -> tuple[tuple[str, ...], ...]:
         """The words grouped by flag: ("--swiglu",), ("--hidden-size", "4096"), …"""
-        groups: list[list[str]] = []
-        for word in self.args:
-            if word.startswith("--"):
-                groups.append([])
-            groups[-1].append(word)
-        return tuple(tuple(group) for group in groups)
+        return tuple(by_flag(self.args))
+
+
+def by_flag(words: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    """Words of a command line grouped by flag; those before the first flag are one group."""
+    group: list[str] = []
+    for word in words:
+        if word.startswith("--") and group:
+            yield tuple(group)
+            group = []
+        group.append(word)
+    if group:
+        yield tuple(group)
 
 
 def megatron_args(recipe: Recipe, translation: TranslationPlan, *, dispatcher: str = "alltoall") -> MegatronArgs:

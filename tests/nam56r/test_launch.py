@@ -20,13 +20,13 @@ from nam56r.launch import (
     LaunchRefused,
     RunOptions,
     make_contract,
-    render,
     shell,
 )
 from nam56r.launch.profile import ENVIRONMENT, purpose
 from nam56r.megatron.patches import apply_patches
 from nam56r.megatron.pretrain import CPU_ARGUMENTS
 from nam56r.recipe import PRESETS, Recipe
+from nam56r.report.launch import render
 from tests.nam56r.parallel_worker import small_recipe
 
 # BooleanOptionalAction, which Megatron's parser uses

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from nam56r import cli
-from nam56r.launch import PROFILES, LaunchContract, LauncherProfile, RunOptions, make_contract, render, shell
+from nam56r.launch import PROFILES, LaunchContract, LauncherProfile, RunOptions, make_contract, shell
 from nam56r.recipe import PRESETS, Recipe
+from nam56r.report.launch import render
 from tests.nam56r.test_launch import NAM56R, REFERENCES, RUN, TINY, contract_of
 
 HOSTILE = [
