@@ -8,7 +8,20 @@ from typing import Annotated, Literal
 import typer
 
 from nam56r.cli.app import REFUSED, app
-from nam56r.cli.options import JsonOption, KernelOption, RecipeOption, SetOption, width
+from nam56r.cli.options import (
+    JsonOption,
+    KernelOption,
+    LrOption,
+    MinLrOption,
+    RecipeOption,
+    ResumeOption,
+    SaveOption,
+    SeedOption,
+    SetOption,
+    WarmupOption,
+    WeightDecayOption,
+    width,
+)
 
 
 @app.command()
@@ -25,16 +38,14 @@ def launch(
         Literal["pretrain", "train"] | None,
         typer.Option(help="Megatron's own loop, or `nam56r train`; by default the profile's."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in RUN.")] = False,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    min_lr: Annotated[float | None, typer.Option(help="Final learning rate; by default a tenth of the peak.")] = None,
-    warmup_steps: Annotated[
-        int | None, typer.Option(help="Linear warm-up; by default a twentieth of the steps.")
-    ] = None,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.1,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    resume: ResumeOption = False,
+    lr: LrOption = 1e-3,
+    min_lr: MinLrOption = None,
+    warmup_steps: WarmupOption = None,
+    weight_decay: WeightDecayOption = 0.1,
+    save_every: SaveOption = 100,
     log_every: Annotated[int, typer.Option(help="Steps between lines of the log.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of weights and data order.")] = 1,
+    seed: SeedOption = 1,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse every seam of the translation.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the contract; write and run nothing.")] = False,
     as_json: JsonOption = False,

@@ -15,6 +15,13 @@ SetOption = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help
 KernelOption = Annotated[
     list[str], typer.Option("--kernel", metavar="OPERATOR=NAME", help="Take this kernel for an operator.")
 ]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in RUN.")]
+LrOption = Annotated[float, typer.Option(help="Peak learning rate.")]
+MinLrOption = Annotated[float | None, typer.Option(help="Final learning rate; by default a tenth of the peak.")]
+WarmupOption = Annotated[int | None, typer.Option(help="Linear warm-up; by default a twentieth of the steps.")]
+WeightDecayOption = Annotated[float, typer.Option(help="AdamW's.")]
+SaveOption = Annotated[int, typer.Option(help="Steps between checkpoints.")]
+SeedOption = Annotated[int, typer.Option(help="Of weights and data order.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 
 

@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 
 from nam56r.cli.app import FAILED, INTERRUPTED, REFUSED, app, one_line
-from nam56r.cli.options import KernelOption, RecipeOption, SetOption, width
+from nam56r.cli.options import (
+    KernelOption,
+    LrOption,
+    MinLrOption,
+    RecipeOption,
+    ResumeOption,
+    SaveOption,
+    SeedOption,
+    SetOption,
+    WarmupOption,
+    WeightDecayOption,
+    width,
+)
 
 
 @app.command()
@@ -18,7 +30,7 @@ def train(
     out: Annotated[Path, typer.Option(metavar="RUN", help="The run's folder.")],
     steps: Annotated[int, typer.Option(help="Updates in all, those before a resume included.")],
     recipe: RecipeOption = "nam56r-tiny",
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in RUN.")] = False,
+    resume: ResumeOption = False,
     set_: SetOption = [],
     kernel: KernelOption = [],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -28,17 +40,15 @@ def train(
     global_batch: Annotated[
         int | None, typer.Option(help="Sequences in one update; by default one pass of all.")
     ] = None,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    min_lr: Annotated[float | None, typer.Option(help="Final learning rate; by default a tenth of the peak.")] = None,
-    warmup_steps: Annotated[
-        int | None, typer.Option(help="Linear warm-up; by default a twentieth of the steps.")
-    ] = None,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.1,
+    lr: LrOption = 1e-3,
+    min_lr: MinLrOption = None,
+    warmup_steps: WarmupOption = None,
+    weight_decay: WeightDecayOption = 0.1,
     clip_grad: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    save_every: SaveOption = 100,
     keep: Annotated[int, typer.Option(help="Newest checkpoints that are kept.")] = 2,
     log_every: Annotated[int, typer.Option(help="Steps between lines where there is no terminal.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of weights and data order.")] = 1,
+    seed: SeedOption = 1,
 ) -> None:
     """Plan, print the plan, train, and leave plan, metrics, plot and checkpoints in RUN.
 

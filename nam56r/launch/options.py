@@ -6,14 +6,15 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from nam56r.decay import Decay
 from nam56r.recipe import Coefficient, Count, Index, Positive
-from nam56r.records import Frozen, explained, shown
+from nam56r.records import explained, shown
 
 # what a launch leaves in the run's folder
 RECIPE, PROFILE, CONTRACT, SCRIPT = "recipe.yaml", "profile.yaml", "contract.json", "launch.sh"
 
 
-class RunOptions(Frozen):
+class RunOptions(Decay):
     """A run. Raises ValueError of one line that names what is wrong.
 
     data          prefix of a data set that `nam56r data build` made
@@ -49,21 +50,10 @@ class RunOptions(Frozen):
             # bytes that aren't UTF-8 are lone surrogates here, and the contract's JSON can't hold them
             if not path or "\0" in path or any("\ud800" <= character <= "\udfff" for character in path):
                 problems.append(f"{name} = {shown(path)}, but must be a path in UTF-8 without NUL characters")
-        if self.warmup >= self.steps:
-            problems.append(f"warmup_steps = {self.warmup}, but must be less than steps = {self.steps}")
-        if self.final_lr > self.lr:
-            problems.append(f"min_lr = {self.min_lr}, but must not be more than lr = {self.lr}")
+        problems += self.decay_faults()
         if problems:
             raise ValueError("; ".join(problems))
         return self
-
-    @property
-    def final_lr(self) -> float:
-        return self.lr / 10 if self.min_lr is None else self.min_lr
-
-    @property
-    def warmup(self) -> int:
-        return self.steps // 20 if self.warmup_steps is None else self.warmup_steps
 
     @property
     def folder(self) -> str:

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from nam56r.decay import Decay
 from nam56r.recipe import Recipe
-from nam56r.records import Frozen, explained
+from nam56r.records import explained
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -17,7 +18,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 CHANGEABLE = frozenset({"data", "out", "resume", "steps", "save_every", "keep", "log_every"})
 
 
-class TrainOptions(Frozen):
+class TrainOptions(Decay):
     """A run. Raises ValueError of one line that names what is wrong.
 
     data          prefix of a data set that `nam56r data build` made
@@ -63,10 +64,8 @@ class TrainOptions(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> TrainOptions:
-        if self.warmup_steps is not None and self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps = {self.warmup_steps}, but must be less than steps = {self.steps}")
-        if self.min_lr is not None and self.min_lr > self.lr:
-            raise ValueError(f"min_lr = {self.min_lr}, but must not be more than lr = {self.lr}")
+        if faults := "; ".join(self.decay_faults()):
+            raise ValueError(faults)
         return self
 
     def microbatches(self, data_parallel: int) -> int:

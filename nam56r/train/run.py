@@ -94,8 +94,8 @@ def run(options: TrainOptions, show: Callable[[Plan], None] = lambda plan: None)
         schedule = Schedule(
             steps=options.steps,
             lr=options.lr,
-            min_lr=options.lr / 10 if options.min_lr is None else options.min_lr,
-            warmup_steps=options.steps // 20 if options.warmup_steps is None else options.warmup_steps,
+            min_lr=options.final_lr,
+            warmup_steps=options.warmup,
             weight_decay=options.weight_decay,
             clip_grad=options.clip_grad,
         )
