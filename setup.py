@@ -1,4 +1,5 @@
-"""Maps kernels/ to nam56r.kernels and builds csrc/ into one stable-ABI extension, nam56r.kernels._C.
+"""Maps kernels/ to nam56r.kernels, ships the headers of csrc/ and builds csrc/ into one stable-ABI extension,
+nam56r.kernels._C.
 
 Everything else about the package is in pyproject.toml. Without nvcc or a CUDA torch, or with NAM56R_SKIP_CUDA_BUILD=1,
 the package installs without the extension. One line says which; it is kept in kernels/_build.txt for extension.py.
@@ -115,9 +116,10 @@ class BuildExt(build_ext):
 
 kernels = ["nam56r.kernels", *(f"nam56r.kernels.{p}" for p in find_packages("kernels"))]
 setup(
-    packages=[*find_packages(include=["nam56r", "nam56r.*"]), *kernels],
-    package_dir={"nam56r.kernels": "kernels"},
-    package_data={"nam56r.kernels": ["_build.txt"]},
+    packages=[*find_packages(include=["nam56r", "nam56r.*"]), *kernels, "nam56r.csrc"],
+    package_dir={"nam56r.kernels": "kernels", "nam56r.csrc": "csrc"},
+    package_data={"nam56r.kernels": ["_build.txt"], "nam56r.csrc": ["**/*.cuh"]},  # nvrtc.py compiles the .cuh
+    include_package_data=False,  # not all that MANIFEST.in puts into the source distribution
     ext_modules=[extension()] if reason is None and has_torch else [],
     setup_requires=["torch>=2.11"] if reason is None and not has_torch else [],
     cmdclass={"build_py": BuildPy, "build_ext": BuildExt},

@@ -7,13 +7,14 @@ import platform
 import re
 import shutil
 import subprocess
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nam56r.kernels import extension
+from nam56r.kernels import extension, nvrtc
 from nam56r.kernels.registry import DEVICES, Device, Problem, candidates
 from nam56r.problems import Workload
 from nam56r.recipe import Recipe
@@ -29,12 +30,12 @@ SLOTS = {
     "mtp": "MTP depth",
     "head": "head",
 }
-PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "numpy", "pydantic")
+PACKAGES = ("torch", "triton", "cupy-cuda13x", "megatron-core", "transformer-engine", "numpy", "pydantic")
 WITHOUT = {"transformer-engine": "not installed (not needed)"}
 
 
 def examine() -> dict[str, Any]:
-    """Everything `nam56r doctor` says, as JSON: machine, gpus, versions, extension, and slots by device."""
+    """Everything `nam56r doctor` says, as JSON: machine, gpus, versions, extension, compiled, and slots by device."""
     here = Device.of("cuda" if torch.cuda.is_available() else "cpu")
     why_not = extension.load()
     return {
@@ -43,6 +44,11 @@ def examine() -> dict[str, Any]:
         "driver": _driver(),
         "versions": _versions(),
         "extension": {"loaded": why_not is None, "reason": why_not, "archs": list(extension.archs())},
+        "compiled": {
+            "folder": str(nvrtc.folder()),
+            "reason": nvrtc.missing(),
+            "units": [unit.model_dump(mode="json") for unit in nvrtc.cached()],
+        },
         "recipe": "nam56r",
         "slots": {device.name: runnable(Recipe.load("nam56r"), device) for device in (here, DEVICES["h200"])},
     }
@@ -85,6 +91,11 @@ def render(found: dict[str, Any], width: int = 80) -> str:
         else built["reason"],
     }
     lines = [wrap(f"{name:<20}{value}", width, 20) for name, value in rows.items()]
+    compiled = found["compiled"]
+    lines += ["", wrap(f"Kernels compiled at run time, in {compiled['folder']}:", width, 2)]
+    lines += [wrap(f"  {_unit(unit)}", width, 6) for unit in compiled["units"]] or ["  none yet"]
+    if compiled["reason"]:
+        lines.append(wrap(f"  none can be compiled here: {compiled['reason']}", width, 6))
     devices = list(found["slots"])
     lines += ["", f"What the slots of {found['recipe']} would run on:", _row("", *devices), "-" * width]
     for slot in SLOTS.values():
@@ -106,6 +117,13 @@ def render(found: dict[str, Any], width: int = 80) -> str:
 
 def _row(first: str, *others: str) -> str:
     return (f"{first:<28}" + "".join(f"{other:<14}" for other in others)).rstrip()
+
+
+def _unit(unit: dict[str, Any]) -> str:
+    when = datetime.fromisoformat(unit["compiled"]).astimezone()
+    size = f"{unit['size'] / 2**10:.0f} KiB"
+    what = f"{unit['family']} {', '.join(unit['what'])}: {unit['arch']}"
+    return f"{what}, {when:%Y-%m-%d %H:%M}, {unit['seconds']:.1f} s, {size}"
 
 
 def _machine() -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
@@ -241,3 +243,27 @@ def test_setup_py_refuses_an_architecture_that_is_none():
         text=True,
     )
     assert found.returncode == 1 and "NAM56R_CUDA_ARCHS has 'hopper'" in found.stderr
+
+
+def test_a_wheel_holds_the_sources_that_are_compiled_at_run_time(tmp_path):
+    tree = tmp_path / "tree"
+    leave = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in ("nam56r", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, tree / name, ignore=leave)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    env = os.environ | {"NAM56R_SKIP_CUDA_BUILD": "1"}
+    build = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", tmp_path]
+    subprocess.run(build, cwd=tree, env=env, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        shipped = {name for name in packed.namelist() if name.startswith("nam56r/csrc/")}
+        packed.extractall(tmp_path / "installed")
+    headers = sorted(path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").rglob("*.cuh"))
+    assert shipped == {f"nam56r/csrc/{header}" for header in headers} and headers
+    show = "from nam56r.kernels import nvrtc; print(nvrtc.SOURCES); print(nvrtc.source('conv1d', 'device.cuh'))"
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    said = subprocess.run([sys.executable, "-c", show], env=env, cwd=tmp_path, capture_output=True, text=True)
+    place, _, text = said.stdout.partition("\n")
+    assert place == str(tmp_path / "installed" / "nam56r" / "csrc"), said.stderr
+    assert "namespace nam56r::conv1d" in text

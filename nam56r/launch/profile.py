@@ -202,7 +202,7 @@ _CACHES = {
 }
 _CPU = _CACHES | {"OMP_NUM_THREADS": "1"}
 _H200 = _CACHES | {
-    "CUPY_CACHE_DIR": "{run}/cache/cupy",
+    "NAM56R_CACHE_DIR": "{run}/cache/nam56r",
     "CUDA_CACHE_PATH": "{run}/cache/cuda",
     # torch 2.11 reads PYTORCH_CUDA_ALLOC_CONF first, if it is set, and then this one
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
