@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "conv1d/conv1d.h"
+#include "m2rnn/m2rnn.h"
 
 STABLE_TORCH_LIBRARY(nam56r, m) {
   m.def(
@@ -15,11 +16,28 @@ STABLE_TORCH_LIBRARY(nam56r, m) {
       "causal_conv1d_backward(Tensor dy, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? bias, "
       "Tensor? initial_state, Tensor? cu_seqlens, bool silu) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
+  m.def("m2rnn_built() -> int[]");
+  m.def(
+      "m2rnn_load(Tensor cubin, str[] names, int element, int columns, int row_blocks, int chunk, int capability) -> ()");
+  m.def(
+      "m2rnn_forward(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor forget, Tensor? initial_state, "
+      "Tensor? cu_seqlens, int chunk, bool save_states) -> (Tensor y, Tensor final_state, Tensor states)");
+  m.def(
+      "m2rnn_backward(Tensor? dy, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor weight, Tensor forget, "
+      "Tensor states, Tensor? cu_seqlens, int chunk) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dweight, Tensor dforget, Tensor dinitial_state)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(nam56r, CompositeExplicitAutograd, m) {
+  m.impl("m2rnn_built", TORCH_BOX(&nam56r::m2rnn_built));
+  m.impl("m2rnn_load", TORCH_BOX(&nam56r::m2rnn_load));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nam56r, CUDA, m) {
   m.impl("causal_conv1d_forward", TORCH_BOX(&nam56r::causal_conv1d_forward));
   m.impl("causal_conv1d_backward", TORCH_BOX(&nam56r::causal_conv1d_backward));
+  m.impl("m2rnn_forward", TORCH_BOX(&nam56r::m2rnn_forward));
+  m.impl("m2rnn_backward", TORCH_BOX(&nam56r::m2rnn_backward));
 }
 
 static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

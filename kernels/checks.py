@@ -60,7 +60,7 @@ class Shapes:
 
     def divides(self, part: str, whole: str) -> None:
         """Size `part` must divide size `whole` (shared heads, groups)."""
-        if self[part] == 0 or self[whole] % self[part]:
+        if self[part] == 0 or self[whole] == 0 or self[whole] % self[part]:
             raise ValueError(f"{self.operator}: {part} = {self[part]} must divide {whole} = {self[whole]}")
 
     def packed(self, cu_seqlens: torch.Tensor | None) -> int:
@@ -77,6 +77,8 @@ class Shapes:
             )
         if cu_seqlens.numel() < 1:
             raise ValueError(f"{self.operator}: cu_seqlens is empty, but must be [0, …, S]")
+        if cu_seqlens.numel() == 1 and self["S"]:
+            raise ValueError(f"{self.operator}: cu_seqlens holds no sequence, but there are S = {self['S']} rows")
         if cu_seqlens.device.type == "cpu":
             ends = cu_seqlens.tolist()
             if ends[0] != 0 or ends[-1] != self["S"] or sorted(ends) != ends:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+
+import nam56r.kernels
 
 # operator -> the family folder that implements it
 FAMILY = {
@@ -167,8 +168,9 @@ def candidates(operator: str) -> tuple[Kernel, ...]:
     """Every kernel of an operator, best first."""
     if operator not in FAMILY:
         raise ValueError(f"unknown operator {operator!r}: one of {', '.join(sorted(FAMILY))}")
-    module = f"nam56r.kernels.{FAMILY[operator]}.support"
-    support = sys.modules.get(module) or importlib.import_module(module)  # torch.compile can't trace an import
+    # an imported family is an attribute: torch.compile can't trace an import
+    support = getattr(getattr(nam56r.kernels, FAMILY[operator], None), "support", None)
+    support = support or importlib.import_module(f"nam56r.kernels.{FAMILY[operator]}.support")
     return (*(k for k in support.KERNELS if k.operator == operator), *_extra.get(operator, ()))
 
 

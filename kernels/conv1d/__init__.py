@@ -46,8 +46,6 @@ def causal_conv1d(
     sizes.bind("bias", bias, "C", either, optional=True)
     one_of("causal_conv1d", "activation", activation, (None, "silu"))
     sequences = sizes.packed(cu_seqlens)
-    if sequences == 0 and sizes["B"] * sizes["S"] > 0:
-        raise ValueError(f"causal_conv1d: cu_seqlens holds no sequence, but x has S = {sizes['S']} rows")
     sizes.bind("initial_state", initial_state, f"{sequences} {sizes['W'] - 1} C", (x.dtype,), optional=True)
     problem = Problem.of(
         "causal_conv1d",
