@@ -1,9 +1,9 @@
 """FLOPs per token of each slot, from formulas.
 
 Convention: model FLOPs. Two for each multiply-add that the mathematics needs, averaged over the tokens of one
-sequence; nothing for recomputation, for masked-out work, for communication, or for pointwise work (norms, activations,
-rotations, gates, softmax). Backward is twice forward, since each product has two gradients; the exception is the DSA
-indexer, whose inputs are detached.
+sequence; nothing for recomputation, for masked-out work, for padding, for communication, or for pointwise work (norms,
+activations, rotations, gates, softmax). Backward is twice forward, since each product has two gradients; the exception
+is the DSA indexer, whose inputs are detached.
 
 Causal attention: token t sees t keys, (S + 1) / 2 on average. DSA: min(t, top_k) keys, averaged.
 """

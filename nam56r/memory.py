@@ -3,11 +3,12 @@ pipeline rank.
 
 An estimate to refuse with, not a measurement: it adds what lives through the step (weights, gradients, optimizer), what
 the forward keeps for the backward, and the largest workspace of the loss. Activations are counted per token as plain
-modules keep them; a reference kernel's own history is added where it runs.
+modules keep them; the history that a kernel keeps of its own is added where it runs.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from typing import Literal, get_args
 import torch
 
 from nam56r import parameters
-from nam56r.kernels.registry import Device
+from nam56r.kernels.m2rnn.cuda import chunk_of, row_blocks
+from nam56r.kernels.registry import DEVICES, Device
 from nam56r.parameters import FAMILIES, FAMILY
 from nam56r.plan import MEGATRON, Part, Plan, Slot
 from nam56r.recipe import Recipe
@@ -401,13 +403,24 @@ def _mamba(recipe: Recipe, plan: Plan, slot: Slot, element: int) -> float:
 
 
 def _m2rnn(recipe: Recipe, plan: Plan, slot: Slot, element: int) -> float:
-    """The projection's output, the convolution's, forget, y and gate in fp32, normed; a reference's copies and states."""
+    """The projection's output, as wide as it is padded; the convolution's, the scan's, gated, normed; decay in fp32.
+
+    Scans keep states too, and references copies; that of the convolution, a fp32 product for each tap of 16-bit inputs.
+    """
     r = recipe.m2rnn
-    mixed, width = 2 * r.k_head_dim + r.num_heads * r.v_head_dim, r.num_heads * r.v_head_dim
-    kept: float = element * (3 * mixed + 3 * width) + 4 * (5 * width + 5 * r.num_heads)
+    width = r.num_heads * r.v_head_dim
+    mixed = 2 * r.k_head_dim + width
+    projected = 64 * math.ceil((mixed + r.num_heads + width) / 64)  # 64: PRODUCT_COLUMNS of megatron/linear.py
+    kept: float = element * (projected + mixed + 3 * width) + 4 * 3 * r.num_heads
+    if slot.kernels.get("causal_conv1d") == "reference":
+        kept += 4 * mixed * (2 if element >= 4 else r.conv_width + 1)
     if slot.kernels.get("m2rnn") == "reference":
         state = r.num_heads * r.k_head_dim * r.v_head_dim
         kept += 4 * (r.num_heads * (2 * r.k_head_dim + r.v_head_dim + 1) + state / CHUNK)
+    if slot.kernels.get("m2rnn") == "cuda":  # a device that has no name here is taken for one with short chunks
+        capability = DEVICES[plan.device].capability if plan.device in DEVICES else (8, 0)
+        chunk = chunk_of(r.k_head_dim, r.v_head_dim, getattr(torch, plan.dtype), capability)
+        kept += 4 * r.num_heads * 16 * row_blocks(r.k_head_dim) * r.v_head_dim / chunk
     return kept
 
 

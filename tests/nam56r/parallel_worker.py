@@ -1,7 +1,8 @@
 """One rank of a run whose loss and gradients test_parallel.py compares with those of one process.
 
 python parallel_worker.py FOLDER NAME TP EP, under torchrun or alone. Weights come from FOLDER/weights, written by the
-run named "one"; gradients go to FOLDER/NAME as a distributed checkpoint, the loss to FOLDER/NAME.json.
+run named "one"; gradients go to FOLDER/NAME as a distributed checkpoint, the loss to FOLDER/NAME.json, and with it the
+parameters that tensor-parallel ranks hold alike but not to the bit: as drawn, as loaded, and by their gradients.
 """
 
 import json
@@ -37,17 +38,32 @@ def small_recipe(*settings: str) -> Recipe:
     return Recipe.load("nam56r-tiny").with_overrides([*SMALL.split(), *settings])
 
 
+def unlike(model: torch.nn.Module, value: str) -> list[str]:
+    """Names of parameters that tensor-parallel ranks should have alike and whose `value` ("data", …) differs."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    names = []
+    for name, parameter in model.named_parameters():
+        if not getattr(parameter, "tensor_model_parallel", False):
+            mine = getattr(parameter, value)
+            all_of_them = [torch.empty_like(mine) for _ in range(group.size())]
+            torch.distributed.all_gather(all_of_them, mine.contiguous(), group=group)
+            names += [] if all(torch.equal(mine, other) for other in all_of_them) else [name]
+    return names
+
+
 def main(folder: Path, name: str, tp: int, ep: int) -> None:
     device = initialize("cpu", tp=tp, ep=ep, seed=3)
     recipe = small_recipe()
     plan = make_plan(recipe, DEVICES["cpu"], tensor_parallel=tp, dtype=torch.float32)
     model = build_model(recipe, plan, device=device, dtype=torch.float32)
+    differing = {"drawn": unlike(model, "data")}
     weights = folder / "weights"
     if name == "one":
         weights.mkdir()
         dist_checkpointing.save(model.sharded_state_dict(), str(weights))
     else:
         model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), str(weights)))
+    differing["loaded"] = unlike(model, "data")
     # every process draws the same two sequences; data-parallel ranks take one each, one process both in turn
     tokens = torch.randint(recipe.vocab_size, (2, recipe.seq_length + 1), generator=torch.Generator().manual_seed(1))
     ranks = parallel_state.get_data_parallel_world_size()
@@ -65,6 +81,7 @@ def main(folder: Path, name: str, tp: int, ep: int) -> None:
         loss.backward()
         losses.append(loss.detach())
     finalize_model_grads([wrapped])
+    differing["gradients"] = unlike(model, "main_grad")
     total = torch.stack(losses).sum()
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
     for parameter in model.parameters():
@@ -73,7 +90,7 @@ def main(folder: Path, name: str, tp: int, ep: int) -> None:
     torch.distributed.barrier()
     dist_checkpointing.save(model.sharded_state_dict(), str(folder / name))
     if int(os.environ.get("RANK", "0")) == 0:
-        (folder / f"{name}.json").write_text(json.dumps({"loss": total.item() / ranks}))
+        (folder / f"{name}.json").write_text(json.dumps({"loss": total.item() / ranks, "unlike": differing}))
     destroy()
 
 

@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, 
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from nam56r.kernels.m2rnn import cuda
 from nam56r.kernels.registry import DEVICES
 from nam56r.memory import GIB, Estimate, Held, available, check, estimate, in_flight, stages
 from nam56r.parameters import parameters
@@ -61,6 +62,27 @@ def test_batch_and_sequence_and_kernels_count():
     scores = estimate(NAM56R, planned(NAM56R, kernels={"mla_attention": "reference"}))
     fast = estimate(NAM56R, planned(NAM56R))
     assert scores.activations["attention"] - fast.activations["attention"] > 4 * 4 * 32 * 4096**2  # fp32, 4 dense slots
+
+
+@pytest.mark.parametrize("device", ["h200", "a100"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sizes", [(64, 16), (17, 32)])
+def test_the_recurrence_keeps_the_states_that_its_kernel_saves(device, dtype, sizes):
+    """Of an H200 and of a device with shorter chunks; K not a multiple of 16 is saved as if it were."""
+    keys, columns = sizes
+    recipe = TINY.with_overrides([f"m2rnn.k_head_dim={keys}", f"m2rnn.v_head_dim={columns}"])
+    plan = planned(recipe, device, dtype=dtype, micro_batch=2)
+
+    def kept(**kernels):
+        slots = tuple(slot.model_copy(update={"kernels": kernels}) for slot in plan.slots)
+        return estimate(recipe, plan.model_copy(update={"slots": slots})).activations["m2rnn"]
+
+    q = torch.empty(2, recipe.seq_length, 1, keys, dtype=dtype, device="meta")
+    v = q.new_empty(2, recipe.seq_length, recipe.m2rnn.num_heads, columns)
+    weight = v.new_empty(recipe.m2rnn.num_heads, columns, columns, dtype=torch.float32)
+    chunk = cuda.chunk_of(keys, columns, dtype, DEVICES[device].capability)
+    states = cuda._forward_shapes(q, q, v, weight, v[..., 0], None, None, chunk, True)[2]
+    assert kept(m2rnn="cuda") - kept() == states.nbytes
 
 
 def test_chunked_loss_saves_the_published_logits():
