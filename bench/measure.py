@@ -13,7 +13,7 @@ import triton.testing
 
 from bench.record import Record, record
 from nam56r.kernels.registry import DEVICES, Device, NoKernel
-from nam56r.kernels.testing import flatten
+from nam56r.kernels.testing import error, flatten
 
 
 @dataclass(frozen=True)
@@ -159,3 +159,30 @@ def case(
             )
         )
     return records, skipped
+
+
+def errors(
+    run: Callable[..., torch.Tensor],
+    inputs: Mapping[str, Any],
+    dy: torch.Tensor,
+    kernels: Iterable[str],
+) -> dict[str, dict[str, float]]:
+    """{"y" or "d<input>": {kernel: ‖x − exact‖ / ‖exact‖}}, where exact is the reference's in float64.
+
+    run(kernel, **inputs) gives y; gradients are of the inputs that require them, for y's gradient dy. All kernels, the
+    reference too, get the same values.
+    """
+    names = [name for name, t in inputs.items() if t is not None and t.requires_grad]
+
+    def results(kernel: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        leaves = {name: inputs[name].detach().to(dtype or inputs[name].dtype).requires_grad_() for name in names}
+        y = run(kernel, **{**inputs, **leaves})
+        gradients = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
+        return {"y": y.detach(), **{f"d{name}": gradient for name, gradient in zip(names, gradients)}}
+
+    exact = results("reference", torch.float64)
+    found: dict[str, dict[str, float]] = {name: {} for name in exact}
+    for kernel in kernels:
+        for name, value in results(kernel).items():
+            found[name][kernel] = error(value, exact[name])
+    return found

@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from nam56r.report.bench import us_per_step
+
 Record = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,15 +113,31 @@ def merge(path: Path, new: Iterable[Record]) -> list[Record]:
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     held = {tuple(r[k] for k in KEY): r for r in (*old, *new)}
     records = [held[key] for key in sorted(held)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    _write(path, records)
     return records
 
 
+def keep_errors(results: Path, op: str, case: str, device: str, errors: dict[str, dict[str, float]]) -> Path:
+    """Write {case, commit, date, device, errors} to results/<device>-<op>-error.json in place of what it held.
+
+    errors: {"y" or a gradient's name: {kernel: ‖x − exact‖ / ‖exact‖}}. Returns the path.
+    """
+    path = path_of(results, f"{device} {op} error")
+    rounded = {name: {kernel: float(f"{e:.5g}") for kernel, e in of.items()} for name, of in errors.items()}
+    today = datetime.date.today().isoformat()
+    _write(path, {"case": case, "commit": commit(), "date": today, "device": device, "errors": rounded})
+    return path
+
+
+def _write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
 def table(records: Iterable[Record]) -> list[str]:
-    """Records as lines for a terminal."""
+    """Records as lines for a terminal; a recurrence's with its time by the step."""
 
     def cell(value: Any) -> str:
         return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -130,6 +148,7 @@ def table(records: Iterable[Record]) -> list[str]:
         "kernel",
         "pass",
         "ms",
+        "us/step",
         "tflops",
         "gbs",
         "peak_mib",
@@ -138,6 +157,7 @@ def table(records: Iterable[Record]) -> list[str]:
         "peer",
         "ratio",
     )
-    rows = [heads, *([cell(r[h]) for h in heads] for r in records)]
+    shown = (r | {"us/step": us_per_step(r["op"], r["case"], r["ms"])} for r in records)
+    rows = [heads, *([cell(r[h]) for h in heads] for r in shown)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows]

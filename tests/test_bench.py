@@ -1,15 +1,21 @@
 """What the bench records, checked without a GPU: a timer that is told what to say stands in for the clock."""
 
 import json
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 import bench.measure
 import bench.peers
+import bench.peers.xma
 from bench import record as recording
+from bench import test_m2rnn as bench_m2rnn
 from bench.measure import Measured
-from nam56r.kernels.registry import NoKernel, Problem
+from nam56r.kernels.m2rnn import m2rnn
+from nam56r.kernels.registry import DEVICES, NoKernel, Problem, Spec
+from nam56r.kernels.testing import outputs_and_gradients
 
 FIELDS = (
     "op case kernel pass ms tflops gbs peak_mib first_call_s peer peer_ms ratio floor_ms commit torch triton device date"
@@ -147,6 +153,150 @@ def test_the_floor_is_the_larger_of_arithmetic_and_memory():
     assert floors == pytest.approx({"fwd": 1.0, "fwd+bwd": 10.0})
     assert bench.measure.floors("h200", {}, {"fwd": 48e8}) == pytest.approx({"fwd": 1.0})
     assert bench.measure.floors("a chip nobody knows", {"fwd": 1.0}, {}) == {}
+
+
+def test_the_table_has_a_recurrence_s_time_by_the_step():
+    scan = recording.record("m2rnn", "B2 S4096 N51 K64 V16", "cuda", "fwd", ms=0.4096, device="h200")
+    heads, *rows = (line.split("  ") for line in recording.table([scan, made()]))
+    column = [head for head in heads if head].index("us/step")
+    cells = [[cell.strip() for cell in row if cell][column] for row in rows]
+    assert cells == ["0.1", "-"]
+
+
+def test_errors_are_against_the_reference_in_float64_on_the_same_values():
+    inputs = bench_m2rnn.Case(2, 70, 3, K=8, V=4, gates=torch.float32).inputs("cpu")
+    dy = torch.randn_like(inputs["v"])
+    seen = []
+
+    def run(kernel, **arguments):
+        seen.append((kernel, arguments["v"].dtype, arguments["weight"].dtype))
+        y = m2rnn(**arguments, kernel="reference")[0]
+        return y * 1.5 if kernel == "off by half" else y
+
+    found = bench.measure.errors(run, inputs, dy, ("plain", "off by half"))
+    assert seen == [
+        ("reference", torch.float64, torch.float64),
+        ("plain", torch.bfloat16, torch.float32),
+        ("off by half", torch.bfloat16, torch.float32),
+    ]
+    assert list(found) == ["y", "dq", "dk", "dv", "dweight", "dforget"]
+    for name, pair in found.items():
+        assert list(pair) == ["plain", "off by half"]
+        assert 0 < pair["plain"] < 0.01, name
+        assert pair["off by half"] == pytest.approx(0.5, rel=0.02), name
+
+
+def test_errors_are_kept_beside_the_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(recording, "commit", lambda: "abc1234")
+    first = {"y": {"cuda": 0.1, "peer:xma": 0.2}, "dq": {"cuda": 0.3, "peer:xma": 0.4}}
+    path = recording.keep_errors(tmp_path / "new", "m2rnn", "B2 S8", "h200", first)
+    assert path == tmp_path / "new" / "h200-m2rnn-error.json"
+    recording.keep_errors(tmp_path / "new", "m2rnn", "B2 S9", "h200", {"y": {"cuda": 0.123456789, "peer:xma": 2.0}})
+    held = json.loads(path.read_text())
+    assert list(held) == ["case", "commit", "date", "device", "errors"]
+    assert (held["case"], held["commit"], held["device"]) == ("B2 S9", "abc1234", "h200")
+    assert held["errors"] == {"y": {"cuda": 0.12346, "peer:xma": 2.0}}
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_m2rnn_s_cases():
+    cases = bench_m2rnn.CASES
+    names = [case.name for case in cases]
+    assert len(set(names)) == len(names)
+    assert names[0] == "B2 S4096 N51 K64 V16" and "B4 S4096 N44 K64 V16" in names
+    beside = [case for case in cases if case.peers]
+    assert {case.S for case in beside if case.N == 51} == {2**n for n in range(10, 16)}
+    assert {case.N for case in beside} == {51, 44, *(2**n for n in range(8))}
+    assert {(case.K, case.V) for case in beside} == {(64, 16)}, "XMA tunes for every (K, V)"
+    retuned = [case.N == 1 or case.sequences > 1 for case in beside]
+    assert retuned == sorted(retuned), "what XMA tunes again for comes last"
+    for word in ("fp16", "fp32", "fp32forget", "packed8", "V32", "V64", "K16", "K128"):
+        assert any(word in name.split() for name in names), word
+
+
+def test_m2rnn_s_inputs_are_the_layer_s():
+    case = bench_m2rnn.Case(1, 512, 51, sequences=8)
+    inputs = case.inputs("cpu")
+    assert {t.dtype for name, t in inputs.items() if name != "cu_seqlens"} == {torch.bfloat16}
+    assert inputs["cu_seqlens"].tolist() == list(range(0, 513, 64))
+    assert inputs["q"].shape == inputs["k"].shape == (1, 512, 1, 64)
+    forget = inputs["forget"].float()
+    assert 0 < forget.min() and forget.max() <= 1 and 0.3 < forget.mean() < 0.98
+    y, final = m2rnn(**inputs)
+    assert y.isfinite().all() and final.abs().max() < 1 and y.std() > 0.1
+    gates = bench_m2rnn.Case(1, 8, 2, gates=torch.float32).inputs("cpu")
+    assert gates["weight"].dtype == gates["forget"].dtype == torch.float32 and gates["v"].dtype == torch.bfloat16
+
+
+def test_m2rnn_s_floor_is_a_latency_by_the_step():
+    floor = bench_m2rnn.RECIPE.floor_ms("h200")
+    assert floor == pytest.approx({"fwd": 0.33, "fwd+bwd": 0.8}, rel=0.01)
+    twice = bench_m2rnn.Case(2, 8192, 8).floor_ms("h200")
+    assert twice == pytest.approx({passed: 2 * ms for passed, ms in floor.items()})
+    assert bench_m2rnn.Case(1, 8192, 51, sequences=2).floor_ms("h200") == pytest.approx(floor)
+    assert not bench_m2rnn.RECIPE.floor_ms("a100")
+    assert not bench_m2rnn.Case(2, 4096, 51, dtype=torch.float32).floor_ms("h200")
+
+
+def standing_in_for_xma(query, key, value, weight, forget_input, input_state=None, *, cu_seqlens=None, max_seqlen=None):
+    """XMA's signature, layouts and wish for one dtype, computed by the reference."""
+    assert {t.dtype for t in (query, key, value, weight, forget_input)} == {query.dtype}
+    assert input_state is None or input_state.dtype == query.dtype
+    assert (cu_seqlens is None) == (max_seqlen is None)
+    tokens = [query, key, value, forget_input]
+    assert [t.dim() for t in tokens] == ([4, 4, 4, 3] if cu_seqlens is None else [3, 3, 3, 2])
+    q, k, v, forget = tokens if cu_seqlens is None else [t[None] for t in tokens]
+    y, final = m2rnn(q, k, v, weight, forget, input_state, cu_seqlens, kernel="reference")
+    return y if cu_seqlens is None else y[0], final.to(query.dtype)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_xma_is_given_what_it_wants(monkeypatch, packed):
+    for name in ("xma", "xma.layers", "xma.layers.m2rnn"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["xma.layers.m2rnn"].m2rnn = standing_in_for_xma
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    rows = 3 if packed else 2
+    inputs = bench_m2rnn.Case(1 if packed else 2, 12, 4, K=8, V=4, gates=torch.float32).inputs("cpu")
+    inputs["initial_state"] = torch.randn(rows, 4, 8, 4, requires_grad=True)
+    inputs["cu_seqlens"] = torch.tensor([0, 5, 5, 12], dtype=torch.int32) if packed else None
+    (y, final), gradients = outputs_and_gradients(bench.peers.xma.m2rnn, inputs, None)
+    rounded = {name: t if t is None or name == "cu_seqlens" else t.bfloat16() for name, t in inputs.items()}
+    wanted, state = m2rnn(**rounded, kernel="reference")
+    assert torch.equal(y, wanted) and torch.equal(final, state.bfloat16())
+    leaves = {name: t for name, t in inputs.items() if t is not None and t.requires_grad}
+    assert [name.split(":")[1] for name in gradients] == list(leaves)
+    for (name, t), gradient in zip(leaves.items(), gradients.values()):
+        assert gradient.dtype == t.dtype and gradient.shape == t.shape and gradient.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "B", "installed", "device", "words"),
+    [
+        (torch.bfloat16, 2, True, "h200", []),
+        (torch.float32, 2, True, "h200", []),
+        (torch.bfloat16, 2, False, "cpu", ["needs a CUDA device", "xma is not installed"]),
+        (torch.float64, 2, True, "h200", ["fp64"]),
+        (torch.bfloat16, 21, True, "h200", ["32-bit offsets"]),
+        (torch.float64, 21, False, "cpu", ["needs a CUDA device", "xma is not installed", "fp64", "32-bit offsets"]),
+    ],
+)
+@pytest.mark.parametrize("sequences", [None, 8])
+def test_xma_refuses_what_it_cannot_do(monkeypatch, dtype, B, installed, device, words, sequences):
+    found = SimpleNamespace(name="xma") if installed else None
+    monkeypatch.setattr(bench.peers.importlib.util, "find_spec", lambda module: found)
+    B, S = (B, 4096) if sequences is None else (1, B * 4096)
+    problem = Problem.of(
+        "m2rnn",
+        device=DEVICES[device],
+        q=Spec((B, S, 1, 64), dtype),
+        k=Spec((B, S, 1, 64), dtype),
+        v=Spec((B, S, 51, 16), dtype),
+        cu_seqlens=sequences and Spec((sequences + 1,), torch.int32),
+    )
+    (kernel,) = bench.peers.xma.KERNELS
+    reasons = kernel.reasons(problem, by_name=True)
+    assert len(reasons) == len(words) and all(word in reason for word, reason in zip(words, reasons)), reasons
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -24,6 +25,9 @@ SLOTS = {
     "rms_norm": "all",
     "linear_cross_entropy": "head",
 }
+
+# operators that are one step after the other, so that a step's latency bounds them; the other scans work in chunks
+RECURRENCES = ("m2rnn",)
 
 
 class Record(BaseModel):
@@ -51,12 +55,24 @@ class Record(BaseModel):
     date: str
 
 
+def us_per_step(op: str, case: str, ms: float) -> float | None:
+    """Microseconds a recurrence's step takes; None for other operators and for cases without S<steps>.
+
+    The steps that follow one another are S, or S / n where the case says packed<n>: n sequences of equal length.
+    """
+    words = dict(re.findall(r"\b(S|packed)(\d+)\b", case))
+    if op not in RECURRENCES or "S" not in words:
+        return None
+    return ms * 1e3 * int(words.get("packed", 1)) / int(words["S"])
+
+
 def read(results: str | Path) -> list[Record]:
     """The records of every .json file in a folder, slots and operators in a fixed order.
 
-    Raises ValueError, in one line, when there is none or a file is not a list of records.
+    Files named *-error.json hold no records and are left out. Raises ValueError, in one line, when there is none or a
+    file is not a list of records.
     """
-    files = sorted(Path(results).glob("*.json"))
+    files = sorted(path for path in Path(results).glob("*.json") if not path.stem.endswith("-error"))
     if not files:
         raise ValueError(
             f"no results in {results}: `pytest bench/` writes one <device>.json for each machine it ran on"
@@ -112,7 +128,7 @@ def _provenance(records: Iterable[Record]) -> str:
 
 
 def _table(records: Iterable[Record]) -> str:
-    header = ("slot", "op", "case", "kernel", "pass", "ms", "TFLOP/s", "ratio to peer", "peer", "peak MiB")
+    header = ("slot", "op", "case", "kernel", "pass", "ms", "µs/step", "TFLOP/s", "ratio to peer", "peer", "peak MiB")
     rows = [
         (
             SLOTS.get(r.op, "–"),
@@ -121,6 +137,7 @@ def _table(records: Iterable[Record]) -> str:
             r.kernel,
             r.direction,
             f"{r.ms:.3g}" if r.ms < 100 else f"{r.ms:.0f}",
+            _number(us_per_step(r.op, r.case, r.ms), ".3g"),
             _number(r.tflops, ".0f" if (r.tflops or 0) >= 10 else ".2g"),
             _number(r.ratio, ".2f"),
             _peer(r),
@@ -128,7 +145,7 @@ def _table(records: Iterable[Record]) -> str:
         )
         for r in records
     ]
-    aligned = ["---"] * 5 + ["---:"] * 3 + ["---", "---:"]
+    aligned = ["---"] * 5 + ["---:"] * 4 + ["---", "---:"]
     return "".join("| " + " | ".join(cells).replace("\n", " ") + " |\n" for cells in (header, aligned, *rows))
 
 

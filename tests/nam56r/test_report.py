@@ -53,13 +53,13 @@ def test_table_and_plots(results, tmp_path):
     (results / "cpu.json").write_text(json.dumps([ALONE | {"device": "cpu", "kernel": "reference", "gbs": None}]))
     page = bench.write(bench.read(results), tmp_path / "out")
     lines = page.read_text().splitlines()
-    assert "| slot | op | case | kernel | pass | ms | TFLOP/s | ratio to peer | peer | peak MiB |" in lines
+    assert "| slot | op | case | kernel | pass | ms | µs/step | TFLOP/s | ratio to peer | peer | peak MiB |" in lines
     rows = [line for line in lines if line.startswith(("| R", "| all"))]
     assert rows == [
-        "| R | m2rnn | B2 S4096 N51 K64 V16 | cuda | fwd | 0.812 | 12 | 8.00 | xma | 321 |",
-        "| R | m2rnn | B2 S4096 N51 K64 V16 | cuda | fwd+bwd | 250 | 1.2 | 0.50 | xma | 321 |",
-        "| all | rms_norm | T8192 D4096 | torch | fwd | 0.812 | – | – | – | – |",
-        "| R | m2rnn | B2 S4096 N51 K64 V16 | reference | fwd | 0.812 | – | – | – | 321 |",
+        "| R | m2rnn | B2 S4096 N51 K64 V16 | cuda | fwd | 0.812 | 0.198 | 12 | 8.00 | xma | 321 |",
+        "| R | m2rnn | B2 S4096 N51 K64 V16 | cuda | fwd+bwd | 250 | 61.1 | 1.2 | 0.50 | xma | 321 |",
+        "| all | rms_norm | T8192 D4096 | torch | fwd | 0.812 | – | – | – | – | – |",
+        "| R | m2rnn | B2 S4096 N51 K64 V16 | reference | fwd | 0.812 | 0.198 | – | – | – | 321 |",
     ]
     assert lines.index("## NVIDIA H200") < lines.index("## cpu")
     assert "torch 2.11.0; triton 3.6.0; commit abc1234; 2026-01-02" in lines
@@ -74,6 +74,22 @@ def test_the_same_results_give_the_same_page(results, tmp_path):
     (results / "h200.json").write_text(json.dumps([RECORD]))
     first = bench.write(bench.read(results), tmp_path / "a").read_bytes()
     assert bench.write(bench.read(results), tmp_path / "b").read_bytes() == first
+
+
+def test_time_by_the_step_is_a_recurrence_s():
+    assert bench.us_per_step("m2rnn", "B2 S4096 N51 K64 V16", 4.096) == pytest.approx(1)
+    assert bench.us_per_step("m2rnn", "B1 S8192 N51 K64 V16 packed8", 1.024) == pytest.approx(1)
+    assert bench.us_per_step("m2rnn", "host B1 N51", 1.0) is None
+    assert bench.us_per_step("mamba3_scan", "rank4 B2 S4096 H128 P64 G8 N128", 1.0) is None
+    assert set(bench.RECURRENCES) <= FAMILY.keys()
+
+
+def test_files_of_errors_are_no_records(results):
+    (results / "h200-m2rnn-error.json").write_text('{"case": "B2", "errors": {}}')
+    with pytest.raises(ValueError, match="no results in"):
+        bench.read(results)
+    (results / "h200.json").write_text(json.dumps([RECORD]))
+    assert [r.op for r in bench.read(results)] == ["m2rnn"]
 
 
 @pytest.mark.parametrize(
