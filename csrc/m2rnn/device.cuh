@@ -196,7 +196,8 @@ template <> struct Precision<Float16> {
   using Gradient = OperandTf32<1>;
   // near zero the difference would lose its digits
   __device__ static float tanh(float x) {
-    return fabsf(x) < 0.04f ? fmaf(x * x, -x / 3.f, x) : 1.f - __fdividef(2.f, 1.f + __expf(2.f * x));
+    const float near = fmaf(x * x, x * (-1.f / 3), x), far = 1.f - __fdividef(2.f, 1.f + __expf(2.f * x));
+    return fabsf(x) < 0.04f ? near : far;
   }
 };
 template <> struct Precision<float> {

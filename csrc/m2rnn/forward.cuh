@@ -6,9 +6,9 @@
 //   stage the next chunk's inputs. One barrier a chunk.
 // Registers: a walking warp's lane holds V / 4 elements each of U and Z W, and W as right operand (V² / 64 words); a
 //   following one's V / 4 of H. Shared memory: `ForwardShared`.
-// Bound: latency. A step's chain is V / 4 tanh a lane (8 cycles each on the special-function unit), a conversion, a
-//   scaling, a product and an addition: 173 cycles at V = 16. The following warps share the schedulers: 202. Where there are
-//   more blocks than SMs it is the issue of instructions, 107 a step and 16 rows.
+// Bound: latency. A step's chain is V / 4 tanh a lane (8 cycles each on the special-function unit), a scaling, a
+//   conversion, a product and an addition: about 175 cycles at V = 16. The following warps share the schedulers: 223. Where
+//   there are more blocks than SMs it is the issue of instructions. docs/notes/m2rnn.md has the measurements.
 #pragma once
 
 #include "m2rnn/recurrence.cuh"

@@ -8,7 +8,7 @@
 //   round of two chunks.
 // Registers: a walking warp's lane holds V / 4 of G and Wᵀ as right operand. Shared memory: `GradientShared`.
 // Bound: latency and issue. The chain is a multiply-add, a multiply, a conversion and a product a step; with the warps that
-//   compute s, 119 instructions a step and 16 rows on each scheduler: 207 cycles at V = 16.
+//   compute s, about 120 instructions a step and 16 rows on each scheduler: 218 cycles at V = 16.
 #pragma once
 
 #include "m2rnn/recurrence.cuh"

@@ -16,8 +16,7 @@ from nam56r.recipe import PRESETS, Recipe
 from nam56r.report import table
 
 REFERENCES = [
-    f"--kernel={op}=reference"
-    for op in ("mamba3_scan", "m2rnn", "index_top_k", "sparse_latent_attention", "indexer_kl_loss", "causal_conv1d")
+    f"--kernel={op}=reference" for op in ("mamba3_scan", "index_top_k", "sparse_latent_attention", "indexer_kl_loss")
 ]
 
 
@@ -127,7 +126,7 @@ def test_plan_json_of_the_production_recipe():
     assert found["counts"] == {"A": 13, "E": 22, "M": 13, "R": 4}
     refused = {refusal["layer"] for refusal in found["refusals"]}
     roles = {slot["layer"]: slot["role"] for slot in found["slots"]}
-    assert refused == {layer for layer, role in roles.items() if role in ("dsa", "mamba3", "m2rnn")}
+    assert refused == {layer for layer, role in roles.items() if role in ("dsa", "mamba3")}
     assert all(refusal["reasons"] for refusal in found["refusals"])
 
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from parallel_worker import small_recipe  # noqa: E402
 
 pytestmark = pytest.mark.gpu
-OPERATORS = ("m2rnn", "mamba3_scan", "index_top_k", "sparse_latent_attention", "indexer_kl_loss")
+OPERATORS = ("mamba3_scan", "index_top_k", "sparse_latent_attention", "indexer_kl_loss")
 REFERENCES = dict.fromkeys(OPERATORS, "reference")
 
 

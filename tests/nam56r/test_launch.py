@@ -36,7 +36,7 @@ RUN = RunOptions(data="data/x", out="runs/a", steps=40)
 TINY, NAM56R = PRESETS["nam56r-tiny"], PRESETS["nam56r"]
 REFERENCES = [
     f"kernels.{operator}=reference"
-    for operator in ("mamba3_scan", "m2rnn", "index_top_k", "sparse_latent_attention", "indexer_kl_loss")
+    for operator in ("mamba3_scan", "index_top_k", "sparse_latent_attention", "indexer_kl_loss")
 ]
 
 
@@ -222,9 +222,9 @@ ONE_FAULT = [
     ("cpu", ["environment.NVIDIA_TF32_OVERRIDE=1"], "environment", "NVIDIA_TF32_OVERRIDE = 1"),
     ("cpu", ["recompute=full"], "entry", "entry = pretrain"),
     ("cpu-x2", ["pp=2"], "entry", "pp = 2"),
-    ("cpu", ["kernels.m2rnn=fastest"], "kernel names", "m2rnn has no kernel fastest: one of reference"),
+    ("cpu", ["kernels.m2rnn=fastest"], "kernel names", "m2rnn has no kernel fastest: one of cuda, reference"),
     ("cpu", ["kernels.m3rnn=reference"], "kernel names", "m3rnn is no operator: one of mla_attention"),
-    ("h200", [], "plan", "m2rnn at 12: reference: a development kernel"),
+    ("h200", [], "plan", "mamba3_scan at 3, 7, 11: reference: a development kernel"),
     (
         "cpu-x2",
         ["tp=2", "kernels.linear_cross_entropy=torch"],
@@ -232,7 +232,12 @@ ONE_FAULT = [
         "linear_cross_entropy=torch is asked for by name, but tp > 1 splits the vocabulary",
     ),
     ("h200", [*REFERENCES, "entry=pretrain", "guards.check_nan=true", "precision=fp16"], "NaN check", "dynamic"),
-    ("h200", [*REFERENCES, "entry=pretrain", "cuda_graphs=local"], "graphs: kernels", "m2rnn=reference at 12"),
+    (
+        "h200",
+        [*REFERENCES, "entry=pretrain", "cuda_graphs=local"],
+        "graphs: kernels",
+        "mamba3_scan=reference at 3, 7, 11",
+    ),
     ("h200", ["entry=pretrain", "cuda_graphs=local", "recompute=full"], "graphs: recompute", "recompute = none"),
     ("h200", ["entry=pretrain", "cuda_graphs=full_iteration"], "graphs: NaN check", "guards.check_nan = false"),
     ("h200-x2", ["entry=pretrain", "cuda_graphs=local"], "graphs: experts", "ep 2"),
@@ -340,7 +345,7 @@ def test_the_h200_presets_are_refused_for_their_kernels_only():
         contract = contract_of(NAM56R, PROFILES[name])
         assert refused_names(contract) == ["plan"]
         assert {r.operator for r in contract.plan.refusals} == {
-            *("mamba3_scan", "m2rnn", "index_top_k", "sparse_latent_attention", "indexer_kl_loss")
+            *("mamba3_scan", "index_top_k", "sparse_latent_attention", "indexer_kl_loss")
         }
     # docs/launch.md says so
     named = {

@@ -33,7 +33,7 @@ STEPS, SAVED = 4, 2
 # Megatron's loggers wait for every pipeline stage: each has an E and a sparse A
 LAYOUT = "AE|AE|MR|MR"
 # no faster kernels yet
-REFERENCES = ("m2rnn", "mamba3_scan", "index_top_k", "sparse_latent_attention", "indexer_kl_loss")
+REFERENCES = ("mamba3_scan", "index_top_k", "sparse_latent_attention", "indexer_kl_loss")
 ENVIRONMENT = os.environ | {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     "OMP_NUM_THREADS": "1",
