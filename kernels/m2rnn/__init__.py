@@ -33,6 +33,8 @@ def m2rnn(
 
     Returns y [B, S, H, V] in q's dtype and the final state [n, H, K, V] in fp32 (fp64 for fp64 inputs), which is
     what the state is kept in. Gradients flow through both and through initial_state.
+    The kernel `cuda` takes bf16, fp16 and fp32, K up to 128 and V of 16, 32 or 64, on compute capability 8.0 and later; in
+    bf16 and fp16 it rounds W to fp16, so that |W| must stay below 65504.
     Raises ValueError or TypeError, naming the argument, when shapes, dtypes or devices disagree; NoKernel when no
     kernel takes the problem.
     """

@@ -14,10 +14,10 @@ from megatron.core.tensor_parallel.mappings import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
-from torch.autograd.function import once_differentiable
 
 from nam56r.kernels.conv1d import causal_conv1d
 from nam56r.kernels.m2rnn import m2rnn
+from nam56r.kernels.m2rnn.gate import skip_and_gate
 from nam56r.kernels.norm import rms_norm
 from nam56r.megatron.attention import cu_seqlens_of
 from nam56r.megatron.config import Config, recipe_of
@@ -97,44 +97,9 @@ class M2RNNMixer(KeepsFloat32, MegatronModule):
             cu_seqlens=cu_seqlens,
             kernel=self.kernels.get("m2rnn"),
         )
-        y = _SkipAndGate.apply(y.transpose(0, 1), v.transpose(0, 1), self.D, g)
+        y = skip_and_gate(y.transpose(0, 1), v.transpose(0, 1), self.D, g)
         y = rms_norm(y, self.norm_weight, self.config.layernorm_epsilon, kernel=self.kernels.get("rms_norm"))
         out, _ = self.out_proj(y)
         if self.config.sequence_parallel:
             out = scatter_to_sequence_parallel_region(out, group=self.tp_group)
         return out, None
-
-
-class _SkipAndGate(torch.autograd.Function):
-    """(y + D ⊙ v) × SiLU(g) in fp32: y, v [S, B, N, V] of any strides, D [N], g [S, B, N·V] -> [S, B, N·V], contiguous.
-
-    Keeps its inputs alone; autograd's own form would keep three fp32 tensors more. Each gradient has its input's
-    strides. In units of one bf16 tensor of S·B·N·V, forward moves 16 in 4 passes and backward 39 in 10; one kernel
-    each would move 4 and 7.
-    """
-
-    @staticmethod
-    def forward(ctx, y, v, D, g):
-        ctx.save_for_backward(y, v, D, g)
-        return torch.mul(_skip(y, v, D), F.silu(_wide(g)), out=torch.empty_like(g))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        y, v, D, g = ctx.saved_tensors
-        gate = _wide(g)
-        dsilu = _skip(y, v, D).mul_(dout)
-        dg = torch.ops.aten.silu_backward.grad_input(dsilu, gate, grad_input=torch.empty_like(g))
-        dskip = F.silu(gate).mul_(dout).view(y.shape)
-        dy = torch.empty_like(y).copy_(dskip)
-        dv = torch.mul(dskip, D[:, None], out=torch.empty_like(v))
-        return dy, dv, dskip.mul_(v).sum((0, 1, 3)).to(D.dtype), dg
-
-
-def _skip(y: torch.Tensor, v: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
-    """y + D ⊙ v [S, B, N·V] in D's fp32 or more, without wide copies of y and v."""
-    return torch.addcmul(y, v, D[:, None]).flatten(2)
-
-
-def _wide(g: torch.Tensor) -> torch.Tensor:
-    return g.to(torch.promote_types(g.dtype, torch.float32))

@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nam56r.kernels.m2rnn.gate import skip_and_gate
 from nam56r.kernels.registry import DEVICES
 from nam56r.megatron import m2rnn as layer
 from nam56r.megatron.config import transformer_config
@@ -158,7 +159,7 @@ def test_skip_and_gate_has_the_gradients_of_its_formula(length, batch, heads, he
         return torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
     inputs = draw(length, batch, heads, headdim), draw(length, batch, heads, headdim), draw(heads)
-    assert torch.autograd.gradcheck(layer._SkipAndGate.apply, (*inputs, draw(length, batch, heads * headdim)))
+    assert torch.autograd.gradcheck(skip_and_gate, (*inputs, draw(length, batch, heads * headdim)))
 
 
 class Passes(TorchDispatchMode):
