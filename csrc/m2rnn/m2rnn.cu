@@ -100,17 +100,21 @@ Functions functions_for(const Tensor& q, const Tensor& v, int64_t chunk) {
   for (const Built& one : kBuilt)
     if (one.element == key[0] && one.columns == key[1] && one.row_blocks == key[2] && one.chunk == key[3])
       return one.functions();
-  STD_TORCH_CHECK(false, "m2rnn: K = ", q.size(3), ", V = ", v.size(3), " is neither built ahead nor compiled: call nam56r.kernels.m2rnn.m2rnn");
+  STD_TORCH_CHECK(
+      false, "m2rnn: K = ", q.size(3), ", V = ", v.size(3), " is neither built ahead nor compiled yet: call "
+      "nam56r.kernels.m2rnn.m2rnn, which compiles it");
 }
 
 template <typename Arguments>
-void launch(const Functions& f, Stage stage, int64_t blocks, int threads, const Arguments& arguments, const Tensor& on) {
+void launch(
+    const Functions& f, Stage stage, int64_t blocks, int threads, const Arguments& arguments, const Tensor& on) {
   if (blocks == 0) return;
   STD_TORCH_CHECK(blocks < (int64_t(1) << 31), "m2rnn: the problem takes ", blocks, " blocks: too many");
   const void* kernel = f.kernel[stage];
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(f.shared[stage])));
   void* pointers[] = {const_cast<Arguments*>(&arguments)};
-  STD_CUDA_CHECK(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(threads), pointers, f.shared[stage], stream_of(on)));
+  STD_CUDA_CHECK(
+      cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(threads), pointers, f.shared[stage], stream_of(on)));
 }
 
 // A tensor whose last dimension is dense; others are copied.
@@ -158,6 +162,10 @@ struct Problem {
   int64_t chunks(int64_t steps) const {
     return cu_seqlens ? length / steps + sequences : batches * ((length + steps - 1) / steps);
   }
+  // Floats of dq's or dk's partial sums: 8 steps' places a run, 16 rows a row block.
+  int64_t sums(int64_t units, int64_t groups) const {
+    return units * groups * (chunk * kUnit / std::min<int64_t>(chunk, 8)) * row_blocks * 128;
+  }
   Tensor new_floats(std::vector<int64_t> sizes) const {
     return torch::stable::new_empty(weight, sizes, ScalarType::Float);
   }
@@ -171,7 +179,7 @@ int64_t heads_a_block(const Problem& p, int64_t shared_heads, int64_t units, int
   int64_t best = shared_heads, best_cost = INT64_MAX;
   for (int64_t heads = 1; heads <= shared_heads; ++heads) {
     const int64_t groups = p.heads / shared_heads * ((shared_heads + heads - 1) / heads);
-    if (heads < shared_heads && groups * units * p.chunk * kUnit * p.row_blocks * 128 * (8 / std::min<int64_t>(p.chunk, 8)) > kPartialBytes) continue;
+    if (heads < shared_heads && 8 * p.sums(units, groups) > kPartialBytes) continue;
     const int64_t rounds = (units * groups + 3 * processors - 1) / (3 * processors);
     const int64_t cost = rounds * (4 * heads + 1);
     if (cost < best_cost) best = heads, best_cost = cost;
@@ -250,8 +258,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> m2rnn_backward(
   const int64_t groups_a_segment = (shared_heads + heads - 1) / heads, groups = p.heads / shared_heads * groups_a_segment;
   Tensor dv = torch::stable::new_empty(p.v, {p.batches, p.length, p.heads, p.columns});
   Tensor dforget = p.new_floats({p.batches, p.length, p.heads});
-  const int64_t run = std::min<int64_t>(chunk, 8), sums = units * groups * (chunk * kUnit / run) * p.row_blocks * 128;
-  Tensor dq_parts = p.new_floats({sums}), dk_parts = p.new_floats({sums});
+  Tensor dq_parts = p.new_floats({p.sums(units, groups)}), dk_parts = p.new_floats({p.sums(units, groups)});
   Tensor dweight_parts = p.new_floats({units, p.heads, p.columns, p.columns});
   const auto fours = [&](Tensor& t) { return reinterpret_cast<float4*>(to(t)); };
   const ProductArguments product{

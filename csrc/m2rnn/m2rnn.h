@@ -12,7 +12,7 @@ namespace nam56r {
 
 using torch::stable::Tensor;
 
-// The shapes that this extension holds code for: each {element size code, V, RB, C} as in m2rnn_load.
+// The shapes that this extension holds code for: each {element type, V, row blocks, chunk} as in m2rnn_load.
 std::vector<int64_t> m2rnn_built();
 
 // Takes the four kernels (forward, gradient, products, reduce; by their names in the file) for one element type (0 fp32,
