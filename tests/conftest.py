@@ -13,6 +13,17 @@ def seed():
     numpy.random.seed(0)
 
 
+@pytest.fixture
+def poisoned():
+    """Memory that nobody wrote holds NaN."""
+    was = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(was[0])
+    torch.utils.deterministic.fill_uninitialized_memory = was[1]
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

@@ -203,17 +203,6 @@ gpu = pytest.mark.gpu
 on_gpu = partial(inputs, device="cuda")
 
 
-@pytest.fixture
-def poisoned():
-    """Memory that nobody wrote holds NaN."""
-    was = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(was[0])
-    torch.utils.deterministic.fill_uninitialized_memory = was[1]
-
-
 @gpu
 @pytest.mark.parametrize("C", [1, 7, 8, 944])
 @pytest.mark.parametrize("W", WIDTHS)

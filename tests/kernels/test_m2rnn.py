@@ -408,17 +408,6 @@ PACKED = {
 }
 
 
-@pytest.fixture
-def poisoned():
-    """Memory that nobody wrote holds NaN."""
-    was = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(was[0])
-    torch.utils.deterministic.fill_uninitialized_memory = was[1]
-
-
 def judge(draws, pick=lambda results: results, factor=2.0):
     """The draws, taken as one, against the definition."""
     dtype = draws[0]["q"].dtype
