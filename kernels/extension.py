@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-import torch  # noqa: F401  the extension needs torch's libraries loaded first
+import torch  # the extension needs torch's libraries loaded first
 
 from nam56r.kernels.registry import Problem
 
@@ -49,13 +49,24 @@ def covers(arch: str, capability: tuple[int, int]) -> bool:
     return (major, minor) == capability if suffix == "a" else major == capability[0] and minor <= capability[1]
 
 
-def reason(problem: Problem) -> tuple[str, ...]:
-    """Why the extension can't serve the problem's device, present or planned for; empty when it can."""
+def has(*operators: str) -> bool:
+    """Whether the extension is loaded and has these operators; one built from older sources may not."""
+    return load() is None and all(hasattr(torch.ops.nam56r, name) for name in operators)
+
+
+def missing(problem: Problem) -> tuple[str, ...]:
+    """Why no operator of the extension can serve the problem, whatever it was built for; empty when one may."""
     if problem.device.type != "cuda":
         return (f"a CUDA kernel, but the device is {problem.device.name}",)
-    missing = load()
-    if missing:
-        return (f"CUDA extension {missing}",)
+    why = load()
+    return (f"CUDA extension {why}",) if why else ()
+
+
+def reason(problem: Problem) -> tuple[str, ...]:
+    """Why the extension can't serve the problem's device, present or planned for; empty when it can."""
+    absent = missing(problem)
+    if absent:
+        return absent
     major, minor = problem.device.capability
     if not any(covers(arch, (major, minor)) for arch in archs()):
         have = ", ".join(f"sm_{arch}" for arch in archs())

@@ -12,19 +12,6 @@ namespace nam56r::conv1d {
 
 using torch::headeronly::ScalarType;
 
-// A tensor whose last dimension is dense; others are copied.
-inline Tensor dense_rows(const Tensor& tensor) {
-  return tensor.stride(2) == 1 || tensor.size(2) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
-inline Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
-  return tensor ? std::optional(dense(*tensor)) : std::nullopt;
-}
-
 template <typename T>
 const T* pointer(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;

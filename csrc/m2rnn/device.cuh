@@ -25,13 +25,6 @@ __device__ inline void put(BFloat16* to, float x) { asm("cvt.rn.bf16.f32 %0, %1;
 __device__ inline void put(Float16* to, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(x)); }
 __device__ inline void put(float* to, float x) { *to = x; }
 
-template <typename T>
-__device__ inline T from_float(float x) {
-  T y;
-  put(&y, x);
-  return y;
-}
-
 template <int V> using Tile = float[V / 8][4];
 
 // 16-bit pairs, the first in the low half.

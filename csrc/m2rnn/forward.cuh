@@ -66,18 +66,11 @@ __global__ void __launch_bounds__(RB * 64) forward(const ForwardArguments a) {
   constexpr int kSet = C < 64 / V ? C : 64 / V, kThreads = RB * 32;  // steps whose sums over rows are made together
   const int thread = threadIdx.x - kThreads;
   T* const y = static_cast<T*>(a.y) + ((s.batch * in.length + s.begin) * in.heads + head) * V;
-  LoadRows<T, RB, C, kThreads> rows;
-  LoadColumns<T, V, C, kThreads, 1> columns;
-  LoadForgets<C> f;
-  const auto load = [&](int chunk) {
-    rows.load(in, s, head, chunk * C, thread);
-    columns.load(in.v, in.v, s, head, chunk * C, thread);
-    f.load(in.forget, s, head, chunk * C, thread);
-  };
+  Ahead<T, V, RB, C, kThreads, 1> ahead;
+  const auto load = [&](int chunk) { ahead.load(in, in.v, s, head, chunk * C, thread); };
   const auto stage = [&](int chunk) {
-    rows.store(shared.q[chunk % 3], shared.k[chunk % 3], thread);
-    columns.store(shared.v[chunk % 3], shared.v[chunk % 3], thread);
-    f.store(shared.f[chunk % 3], thread);
+    const int to = chunk % 3;
+    ahead.store(shared.q[to], shared.k[to], shared.v[to], shared.v[to], shared.f[to], thread);
   };
   load(0);
   stage(0);
@@ -85,7 +78,7 @@ __global__ void __launch_bounds__(RB * 64) forward(const ForwardArguments a) {
   for (int chunk = -1; chunk < s.chunks; ++chunk) {  // the chunk before the walking warps' own
     load(chunk + 2);
     if (chunk >= 0) {
-      const int now = (chunk + 3) % 3;
+      const int now = chunk % 3;
       if (a.states) save<V, RB>(a.states, h, s.chunk + chunk, head, in.heads, block, lane);
 #pragma unroll 1
       for (int set = 0; set < C; set += kSet) {
@@ -96,7 +89,7 @@ __global__ void __launch_bounds__(RB * 64) forward(const ForwardArguments a) {
           Tile<V> z;
           load_registers(packed, shared.z[chunk % 2][set + i][block], lane);
           Walk::Operand::template floats<V>(z, packed);
-          const float f = shared.f[now].x[set + i], scaled = fmaf(-kScale, f, kScale);
+          const float f = shared.f[now].x[set + i], scaled = scaled_rest(f);
 #pragma unroll
           for (int j = 0; j < V / 8; ++j)
 #pragma unroll
@@ -114,10 +107,10 @@ __global__ void __launch_bounds__(RB * 64) forward(const ForwardArguments a) {
           shared.y[set + step][block][j / 2 * 8 + lane % 4 * 2 + j % 2] = sums[i];
         }
       }
-      asm volatile("bar.sync 1, %0;" ::"n"(RB * 32) : "memory");
+      asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 #pragma unroll
-      for (int i = 0; i < (C * V + RB * 32 - 1) / (RB * 32); ++i) {
-        const int at = thread + i * RB * 32, step = at / V, column = at % V;
+      for (int i = 0; i < (C * V + kThreads - 1) / kThreads; ++i) {
+        const int at = thread + i * kThreads, step = at / V, column = at % V;
         if (step >= C || chunk * C + step >= s.length) break;
         float sum = 0;
 #pragma unroll

@@ -114,25 +114,21 @@ __global__ void __launch_bounds__(RB * 96, 1) gradient(const GradientArguments a
 
   const int part = threadIdx.x / (RB * 32) - 1, thread = threadIdx.x % (RB * 32);
   Walk walk(weight, lane);
-  LoadRows<T, RB, C, RB * 32> rows;
-  LoadColumns<T, V, C, RB * 32, 2> columns;
-  LoadForgets<C> f;
+  Ahead<T, V, RB, C, RB * 32, 2> ahead;
   Tile<V> h;
+  const auto chunk_of = [&](int round) { return (rounds - 1 - round) * kUnit + part; };
+  const auto there = [&](int round) { return round < rounds && chunk_of(round) < s.chunks; };
   const auto load = [&](int round) {
-    const int chunk = (rounds - 1 - round) * kUnit + part;
-    if (round >= rounds) return;
-    rows.load(in, s, head, chunk * C, thread);
-    columns.load(in.v, a.dy, s, head, chunk * C, thread);
-    f.load(in.forget, s, head, chunk * C, thread);
+    if (round < rounds) ahead.load(in, a.dy, s, head, chunk_of(round) * C, thread);
   };
   const auto load_first = [&](int round) {
-    const int chunk = (rounds - 1 - round) * kUnit + part;
-    if (round < rounds && chunk < s.chunks) load_saved<V, RB>(h, a.states, s.chunk + chunk, head, in.heads, block, lane);
+    if (there(round)) load_saved<V, RB>(h, a.states, s.chunk + chunk_of(round), head, in.heads, block, lane);
   };
   const auto stage = [&](int round) {
-    rows.store(shared.q[round % 3][part], shared.k[round % 2][part], thread);
-    columns.store(shared.v[round % 2][part], shared.dy[round % 3][part], thread);
-    f.store(shared.f[round % 3][part], thread);
+    const int now = round % 2, later = round % 3;  // what walks the chunk, and what the gradient takes a round later
+    ahead.store(
+        shared.q[later][part], shared.k[now][part], shared.v[now][part], shared.dy[later][part], shared.f[later][part],
+        thread);
   };
   load_first(0);
   load(0);
@@ -140,13 +136,11 @@ __global__ void __launch_bounds__(RB * 96, 1) gradient(const GradientArguments a
   __syncthreads();
   for (int round = 0; round <= rounds; ++round) {  // one round before the walking warps' own
     load(round + 1);
-    const int chunk = (rounds - 1 - round) * kUnit + part;
-    const bool there = round < rounds && chunk < s.chunks;
-    if (there) walk.start(h);
+    if (there(round)) walk.start(h);
     load_first(round + 1);
-    if (there) {
+    if (there(round)) {
       const auto keep = [&](int step, const auto& x, auto& added, const auto&, float fade) {
-        const float scaled = fmaf(-kScale, fade, kScale);
+        const float scaled = scaled_rest(fade);
 #pragma unroll
         for (int n = 0; n < V / 8; ++n)
 #pragma unroll

@@ -46,16 +46,23 @@ __device__ inline Sequence sequence_number(const Inputs& in, int index, int chun
 
 constexpr int kUnit = 2;  // chunks that `products` takes together, a unit
 
-// The sequence that a chunk's number belongs to; its `chunks` may end before that number.
-__device__ inline Sequence sequence_of_chunk(const Inputs& in, long long number, int chunk) {
-  if (!in.cu_seqlens) return sequence_number(in, int(number / max((in.length + chunk - 1) / chunk, 1)), chunk);
+// The last sequence that starts(index) holds for; it holds for the first, and for none after one that it doesn't hold for.
+template <typename F>
+__device__ inline int last_sequence(const Inputs& in, F starts) {
   int low = 0, high = in.sequences - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    if (in.cu_seqlens[middle] / chunk + middle <= number) low = middle;
+    if (starts(middle)) low = middle;
     else high = middle - 1;
   }
-  return sequence_number(in, low, chunk);
+  return low;
+}
+
+// The sequence that a chunk's number belongs to; its `chunks` may end before that number.
+__device__ inline Sequence sequence_of_chunk(const Inputs& in, long long number, int chunk) {
+  if (!in.cu_seqlens) return sequence_number(in, int(number / max((in.length + chunk - 1) / chunk, 1)), chunk);
+  const auto starts = [&](int index) { return in.cu_seqlens[index] / chunk + index <= number; };
+  return sequence_number(in, last_sequence(in, starts), chunk);
 }
 
 // A chunk's vectors in shared memory, k or q over the rows, v or dy over the columns. The pitch spreads 8 steps over the
@@ -152,6 +159,26 @@ struct LoadForgets {
   }
   __device__ void store(Forgets<C>& to, int thread) const {
     if (thread < C) to.x[thread] = x;
+  }
+};
+
+// All of a chunk's inputs on their way; dy only where kTensors is 2.
+template <typename T, int V, int RB, int C, int kThreads, int kTensors>
+struct Ahead {
+  LoadRows<T, RB, C, kThreads> rows;
+  LoadColumns<T, V, C, kThreads, kTensors> columns;
+  LoadForgets<C> f;
+  __device__ void load(const Inputs& in, const Rows& dy_rows, const Sequence& s, int head, int first, int thread) {
+    rows.load(in, s, head, first, thread);
+    columns.load(in.v, dy_rows, s, head, first, thread);
+    f.load(in.forget, s, head, first, thread);
+  }
+  __device__ void store(
+      Vectors<T, RB * 16, C>& q, Vectors<T, RB * 16, C>& k, Vectors<T, V, C>& v, Vectors<T, V, C>& dy, Forgets<C>& to,
+      int thread) const {
+    rows.store(q, k, thread);
+    columns.store(v, dy, thread);
+    f.store(to, thread);
   }
 };
 

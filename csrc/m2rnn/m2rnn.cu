@@ -117,12 +117,6 @@ void launch(
       cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(threads), pointers, f.shared[stage], stream_of(on)));
 }
 
-// A tensor whose last dimension is dense; others are copied.
-Tensor dense_rows(const Tensor& t) {
-  return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
-}
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
 Rows rows(const Tensor& t) {
   const int64_t bytes = t.element_size();
   bool vector = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && t.size(t.dim() - 1) % 8 == 0;
@@ -145,7 +139,7 @@ struct Problem {
       const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& weight_, const Tensor& forget_,
       const std::optional<Tensor>& cu, int64_t chunk_)
       : q(dense_rows(q_)), k(dense_rows(k_)), v(dense_rows(v_)), weight(dense(weight_)), forget(forget_),
-        cu_seqlens(cu ? std::optional(dense(*cu)) : std::nullopt),
+        cu_seqlens(dense(cu)),
         batches(q.size(0)), length(q.size(1)), heads(v.size(2)), keys(q.size(3)), columns(v.size(3)),
         row_blocks((keys + 15) / 16), sequences(cu_seqlens ? cu_seqlens->size(0) - 1 : batches), chunk(chunk_) {
     STD_TORCH_CHECK(batches < (1 << 30) && length < (1 << 30), "m2rnn: B and S must each be below 2^30");
@@ -175,12 +169,12 @@ struct Problem {
 // How many of the heads that share q and k a block of `products` takes one after the other: few enough that the blocks
 // fill the device in whole rounds, many enough that the partial dq and dk stay small.
 int64_t heads_a_block(const Problem& p, int64_t shared_heads, int64_t units, int processors) {
-  constexpr int64_t kPartialBytes = int64_t(64) << 20;
+  constexpr int64_t kPartialBytes = int64_t(64) << 20, kResident = 3;  // of bf16 at K 64, V 16
   int64_t best = shared_heads, best_cost = INT64_MAX;
   for (int64_t heads = 1; heads <= shared_heads; ++heads) {
     const int64_t groups = p.heads / shared_heads * ((shared_heads + heads - 1) / heads);
     if (heads < shared_heads && 8 * p.sums(units, groups) > kPartialBytes) continue;
-    const int64_t rounds = (units * groups + 3 * processors - 1) / (3 * processors);
+    const int64_t rounds = (units * groups + kResident * processors - 1) / (kResident * processors);
     const int64_t cost = rounds * (4 * heads + 1);
     if (cost < best_cost) best = heads, best_cost = cost;
   }
@@ -221,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor> m2rnn_forward(
   using namespace m2rnn;
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const Problem p(q, k, v, weight, forget, cu_seqlens, chunk);
-  if (initial_state) initial_state = dense(*initial_state);
+  initial_state = dense(initial_state);
   Tensor y = torch::stable::new_empty(p.v, {p.batches, p.length, p.heads, p.columns});
   Tensor final_state = p.new_floats({p.sequences, p.heads, p.keys, p.columns});
   Tensor states = p.new_states(save_states ? p.chunks(chunk) : 0);
@@ -240,7 +234,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> m2rnn_backward(
   const Problem p(q, k, v, weight, forget, cu_seqlens, chunk);
   const Functions functions = functions_for(p.q, p.v, chunk);
   if (dy) dy = dense_rows(*dy);
-  if (dfinal_state) dfinal_state = dense(*dfinal_state);
+  dfinal_state = dense(dfinal_state);
   const auto to = [](Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
 
   const int64_t units = p.chunks(chunk * kUnit);

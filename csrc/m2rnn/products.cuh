@@ -64,24 +64,6 @@ struct ProductsShared {
   __device__ ProductsShared() {}
 };
 
-// What the next chunk starts from, on its way while the block works on this one.
-template <typename T, int V, int RB, int C>
-struct Ahead {
-  LoadRows<T, RB, C, RB * 32> rows;
-  LoadColumns<T, V, C, RB * 32, 2> columns;
-  LoadForgets<C> f;
-  __device__ void load(const Inputs& in, const Rows& dy_rows, const Sequence& s, int head, int first, int thread) {
-    rows.load(in, s, head, first, thread);
-    columns.load(in.v, dy_rows, s, head, first, thread);
-    f.load(in.forget, s, head, first, thread);
-  }
-  __device__ void store(ProductsShared<T, V, RB, C>& to, int thread) const {
-    rows.store(to.q, to.k, thread);
-    columns.store(to.v, to.dy, thread);
-    f.store(to.f, thread);
-  }
-};
-
 template <typename T, int V, int RB, int C>
 __global__ void __launch_bounds__(RB * 32, ProductsShared<T, V, RB, C>::kResident) products(const ProductArguments a) {
   extern __shared__ __align__(16) char memory[];
@@ -112,7 +94,7 @@ __global__ void __launch_bounds__(RB * 32, ProductsShared<T, V, RB, C>::kResiden
   const auto sums_at = [&](int part, int run) {
     return (((unit_number * groups + group) * kUnit + part) * (C / kRun) + run / kRun) * (RB * 32) + thread;
   };
-  Ahead<T, V, RB, C> ahead;
+  Ahead<T, V, RB, C, kThreads, 2> ahead;  // of the next chunk, while the block works on this one
   const auto load = [&](int head, int chunk) {
     ahead.load(in, a.dy, s, head, chunk * C, thread);
     prefetch_saved<V, RB>(a.states, s.chunk + chunk, head, in.heads, block, lane);
@@ -127,7 +109,7 @@ __global__ void __launch_bounds__(RB * 32, ProductsShared<T, V, RB, C>::kResiden
     if (there) load_saved<V, RB>(g, a.gradients, unit_number, head, in.heads, block, lane);
     for (int chunk = chunk_last; there && chunk >= unit * kUnit; --chunk) {
       const int first = chunk * C, part = chunk - unit * kUnit;
-      ahead.store(shared, thread);
+      ahead.store(shared.q, shared.k, shared.v, shared.dy, shared.f, thread);
       Tile<V> h;
       load_saved<V, RB>(h, a.states, s.chunk + chunk, head, in.heads, block, lane);
       if (chunk > unit * kUnit) load(head, chunk - 1);

@@ -14,6 +14,9 @@ namespace nam56r::m2rnn {
 
 constexpr float kScale = 1024, kUnscale = 1 / kScale;
 
+// kScale (1 - f)
+__device__ inline float scaled_rest(float f) { return fmaf(-kScale, f, kScale); }
+
 // Steps that are taken together: a matrix product makes 8 steps' products with one vector each, see Outer and Columns.
 template <int V, int C>
 struct Run {
@@ -163,7 +166,7 @@ struct Recurrence {
 
   // x = Z_t, rest = kScale (1 - f_t) Z_t as a product's operand and added = the same in fp32; kv = k_t v_tᵀ
   __device__ void step(Tile<V>& x, Tile<V>& added, Z& rest, const Tile<V>& kv, float f) {
-    const float scaled = fmaf(-kScale, f, kScale);
+    const float scaled = scaled_rest(f);
 #pragma unroll
     for (int j = 0; j < V / 8; ++j)
 #pragma unroll

@@ -20,17 +20,10 @@ struct ReduceArguments {
 // The sum of key `key` at row s of batch row b over `count` groups from `first` on.
 __device__ inline float sum_groups(
     const ReduceArguments& a, const float* parts, int batch, int row, int key, int first, int count) {
-  int low = batch;
-  if (a.in.cu_seqlens) {
-    int high = a.in.sequences - 1;
-    for (low = 0; low < high;) {
-      const int middle = (low + high + 1) / 2;
-      if (a.in.cu_seqlens[middle] <= row) low = middle;
-      else high = middle - 1;
-    }
-  }
+  const auto starts = [&](int index) { return a.in.cu_seqlens[index] <= row; };
+  const int index = a.in.cu_seqlens ? last_sequence(a.in, starts) : batch;
   const int steps = a.chunk * kUnit, run = min(a.chunk, 8);
-  const Sequence units = sequence_number(a.in, low, steps);
+  const Sequence units = sequence_number(a.in, index, steps);
   const int step = max(row - units.begin, 0), j = step % run;
   const int lane = key % 8 * 4 + j / 2, element = key % 16 / 8 * 2 + j % 2, run_floats = a.row_blocks * 128;
   const long long group_floats = (long long)(steps / run) * run_floats;

@@ -32,6 +32,7 @@ def row_blocks(keys: int) -> int:
     return -(-keys // 16)
 
 
+@functools.cache  # asked in every call
 def built(keys: int, columns: int, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
     """Whether the extension holds code for this shape and device."""
     shapes = torch.ops.nam56r.m2rnn_built()
@@ -121,9 +122,7 @@ def _backward(ctx, dy, dfinal_state, _):
     return *gradients, dinitial_state if ctx.has_initial_state else None, None, None, None
 
 
-OPERATORS = ("m2rnn_forward", "m2rnn_backward", "m2rnn_built", "m2rnn_load")
-# an extension built from older sources doesn't have them
-REGISTERED = extension.load() is None and all(hasattr(torch.ops.nam56r, name) for name in OPERATORS)
+REGISTERED = extension.has("m2rnn_forward", "m2rnn_backward", "m2rnn_built", "m2rnn_load")
 
 if REGISTERED:
     torch.library.register_fake("nam56r::m2rnn_forward", _forward_shapes)

@@ -6,11 +6,9 @@ from nam56r.kernels.registry import Kernel, Problem
 
 
 def _cuda_refuses(problem: Problem) -> tuple[str, ...]:
-    if problem.device.type != "cuda":
-        return (f"a CUDA kernel, but the device is {problem.device.name}",)
-    missing = extension.load()
+    missing = extension.missing(problem)
     if missing:
-        return (f"CUDA extension {missing}",)
+        return missing
     if not cuda.REGISTERED:
         return ("CUDA extension built from older sources, without m2rnn: install the package again",)
     q, v, device = problem["q"], problem["v"], problem.device
