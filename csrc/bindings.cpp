@@ -7,6 +7,7 @@
 
 #include "conv1d/conv1d.h"
 #include "m2rnn/m2rnn.h"
+#include "ssd/ssd.h"
 
 STABLE_TORCH_LIBRARY(nam56r, m) {
   m.def(
@@ -26,11 +27,21 @@ STABLE_TORCH_LIBRARY(nam56r, m) {
       "m2rnn_backward(Tensor? dy, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor weight, Tensor forget, "
       "Tensor states, Tensor? cu_seqlens, int chunk) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dweight, Tensor dforget, Tensor dinitial_state)");
+  m.def("ssd_built() -> str[]");
+  m.def("ssd_kernel(str name) -> int");
+  m.def("ssd_load(Tensor cubin, str[] names) -> int[]");
+  m.def("ssd_shared(str kernel, int model, int rank, int columns, int d_state) -> int");
+  m.def("ssd_launch(Tensor on, int kernel, int grid_x, int grid_y, int threads, int shared, int[] arguments) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nam56r, CompositeExplicitAutograd, m) {
   m.impl("m2rnn_built", TORCH_BOX(&nam56r::m2rnn_built));
   m.impl("m2rnn_load", TORCH_BOX(&nam56r::m2rnn_load));
+  m.impl("ssd_built", TORCH_BOX(&nam56r::ssd_built));
+  m.impl("ssd_kernel", TORCH_BOX(&nam56r::ssd_kernel));
+  m.impl("ssd_load", TORCH_BOX(&nam56r::ssd_load));
+  m.impl("ssd_shared", TORCH_BOX(&nam56r::ssd_shared));
+  m.impl("ssd_launch", TORCH_BOX(&nam56r::ssd_launch));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nam56r, CUDA, m) {

@@ -27,6 +27,7 @@ FAMILY = {
     "indexer_kl_loss": "dsa",
     "mamba2_scan": "mamba2",
     "mamba3_scan": "mamba3",
+    "mamba3_step": "mamba3",
     "m2rnn": "m2rnn",
     "moe_experts": "moe",
     "linear_cross_entropy": "cross_entropy",
@@ -126,8 +127,9 @@ class Kernel:
     """One implementation of one operator.
 
     refuses(problem) gives the reasons why it can't run a problem; none means that it can.
-    role: "fast" is chosen freely; "development" (readable references) is chosen freely on a CPU, on CUDA only by
-    name; "peer" (other projects' kernels, registered by the bench) only by name.
+    role: "fast" is chosen freely, though `triton` on a CPU, which is interpreted, only by name; "development" (readable
+    references) is chosen freely on a CPU, on CUDA only by name; "peer" (other projects' kernels, registered by the
+    bench) only by name.
     """
 
     operator: str
@@ -138,10 +140,15 @@ class Kernel:
 
     def reasons(self, problem: Problem, *, by_name: bool) -> tuple[str, ...]:
         """Why this kernel won't be taken for the problem, its role included."""
-        reasons = self.refuses(problem)
-        if by_name or (self.role == "development" and problem.device.type == "cpu") or self.role == "fast":
+        reasons, cpu = self.refuses(problem), problem.device.type == "cpu"
+        interpreted = cpu and self.name == "triton"
+        if by_name or (self.role == "development" and cpu) or (self.role == "fast" and not interpreted):
             return reasons
-        what = "a development kernel, slow on a GPU" if self.role == "development" else "another project's kernel"
+        what = {
+            "fast": "Triton's interpreter, which is for tests",
+            "development": "a development kernel, slow on a GPU",
+            "peer": "another project's kernel",
+        }[self.role]
         return (*reasons, f"{what}: it runs only when asked for by name ({self.operator}={self.name})")
 
 

@@ -1,7 +1,7 @@
 """Which feature may sit on which block family, and which of them has an implementation.
 
-A recipe implies some features by its own fields (MLA, DSA, MoE, Mamba-3, MIMO, M²RNN, MTP) and names others under
-`features`. A name without implementation is refused with that reason; a wrong family or layer is refused always.
+A recipe implies some features by its own fields (MLA, DSA, MoE, Mamba-2 or Mamba-3, MIMO, M²RNN, MTP) and names others
+under `features`. A name without implementation is refused with that reason; a wrong family or layer is refused always.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ FEATURES = {
         Feature("mhc", "A", "manifold-constrained hyper-connections"),
         Feature("moe", "E", "mixture of experts", True),
         Feature("mod", "E", "mixture of depths"),
+        Feature("mamba2", "M", "Mamba-2 state space", True),
         Feature("mamba3", "M", "Mamba-3 state space", True),
         Feature("mimo", "M", "Mamba-3 with several inputs and outputs a step", True),
         Feature("m2rnn", "R", "M²RNN recurrence", True),
@@ -56,9 +57,9 @@ def implied(recipe: Recipe, layer: int) -> tuple[str, ...]:
     role = recipe.roles[layer - 1]
     if role == "dsa":
         return ("mla", "dsa")
-    if role == "mamba3":
-        return ("mamba3", "mimo") if recipe.mamba.mimo_rank > 1 else ("mamba3",)
-    return () if role == "mamba2" else (role,)
+    if role == "mamba3" and recipe.mamba.mimo_rank > 1:
+        return ("mamba3", "mimo")
+    return (role,)
 
 
 def global_features(recipe: Recipe) -> tuple[str, ...]:

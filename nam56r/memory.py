@@ -20,6 +20,7 @@ import torch
 from nam56r import parameters
 from nam56r.kernels.m2rnn.cuda import chunk_of, row_blocks
 from nam56r.kernels.registry import DEVICES, Device
+from nam56r.kernels.ssd.sizes import MAMBA2, MIMO, SISO, sizes_of
 from nam56r.parameters import FAMILIES, FAMILY
 from nam56r.plan import MEGATRON, Part, Plan, Slot
 from nam56r.recipe import Recipe
@@ -343,8 +344,8 @@ class _Model:
 
 def _slot(recipe: Recipe, plan: Plan, slot: Slot, element: int) -> float:
     """Bytes a token that one layer keeps: its input and normed input, then what the block keeps."""
-    block = {"mla": _mla, "dsa": _dsa, "moe": _moe, "m2rnn": _m2rnn}.get(slot.role, _mamba)
-    return 2 * recipe.hidden_size * element + block(recipe, plan, slot, element)
+    blocks = {"mla": _mla, "dsa": _dsa, "moe": _moe, "mamba3": _mamba3, "mamba2": _mamba2, "m2rnn": _m2rnn}
+    return 2 * recipe.hidden_size * element + blocks[slot.role](recipe, plan, slot, element)
 
 
 def _mla(recipe: Recipe, plan: Plan, part: Part, element: int) -> float:
@@ -391,15 +392,46 @@ def _moe(recipe: Recipe, plan: Plan, slot: Slot, element: int) -> float:
     return element * (routed + 5 * e.shared_ffn_hidden_size / plan.tensor_parallel) + 4 * 8 * e.num_experts
 
 
-def _mamba(recipe: Recipe, plan: Plan, slot: Slot, element: int) -> float:
-    """The projection's output, normed B and C, dt, decay and trap in fp32, y; a reference's states."""
+def _mamba3(recipe: Recipe, plan: Plan, slot: Slot, element: int) -> float:
+    """The projection's output, B and C as their norm takes and gives them, dt, decay and trap in fp32, y; the scan's
+    states."""
     m, heads = recipe.mamba, recipe.mamba_heads / plan.tensor_parallel
-    rank = m.mimo_rank if slot.role == "mamba3" else 1
-    inner, mixed = heads * m.headdim, 2 * rank * m.ngroups * m.d_state / plan.tensor_parallel
-    kept = element * (4 * inner + 3 * mixed) + 4 * 6 * heads
-    if slot.kernels.get(f"{slot.role}_scan") == "reference":
-        kept += 4 * rank * inner * m.d_state / CHUNK
-    return kept
+    inner, mixed = heads * m.headdim, 2 * m.mimo_rank * m.ngroups * m.d_state / plan.tensor_parallel
+    kept = element * (3 * inner + 3 * mixed) + 4 * 6 * heads
+    return kept + _scan_states(recipe, plan, slot, element)
+
+
+def _mamba2(recipe: Recipe, plan: Plan, slot: Slot, element: int) -> float:
+    """The projection's output, the convolution's, y, that normed; the scan's states.
+
+    The convolution's reference keeps a fp32 product for each tap of 16-bit inputs.
+    """
+    m, heads = recipe.mamba, recipe.mamba_heads / plan.tensor_parallel
+    inner = heads * m.headdim
+    mixed = inner + 2 * m.ngroups * m.d_state / plan.tensor_parallel
+    kept = element * (3 * inner + 2 * mixed + heads)
+    if slot.kernels.get("causal_conv1d") == "reference":
+        kept += 4 * mixed * (2 if element >= 4 else parameters.MAMBA2_CONV + 1)
+    return kept + _scan_states(recipe, plan, slot, element)
+
+
+def _scan_states(recipe: Recipe, plan: Plan, slot: Slot, element: int) -> float:
+    """Bytes a token that an M slot's scan keeps of its own."""
+    m, kernel = recipe.mamba, slot.kernels.get(f"{slot.role}_scan")
+    rank, turned = (m.mimo_rank, True) if slot.role == "mamba3" else (1, False)
+    if kernel == "reference":
+        return 4 * rank * recipe.mamba_heads * m.headdim * m.d_state / CHUNK / plan.tensor_parallel
+    if kernel != "cuda":
+        return 0
+    sequences, model = (plan.micro_batch, recipe.seq_length), (MIMO if rank > 1 else SISO) if turned else MAMBA2
+    x = torch.empty(*sequences, recipe.mamba_heads, m.headdim, device="meta")
+    B = torch.empty(*sequences, rank, m.ngroups, m.d_state, device="meta")
+    angles = torch.empty(*sequences, 1, m.d_state // 4, device="meta") if turned else None
+    sizes = sizes_of(model, x, B, angles, None)
+    # a state for every span, an angle for every chunk, and sums and weights of decays for every token
+    kept = sizes.total * m.headdim * m.d_state * element + sizes.chunks * sizes.pairs * 4
+    kept += (4 if turned else 2) * sizes.tokens * 4
+    return sizes.heads * kept / sizes.tokens / plan.tensor_parallel
 
 
 def _m2rnn(recipe: Recipe, plan: Plan, slot: Slot, element: int) -> float:

@@ -175,8 +175,6 @@ def kernels_named(settings: Iterable[str]) -> dict[str, str]:
 
 def _without_module(role: str, *, indexer: bool) -> dict[str, str]:
     """Why a slot can't be built though its operators have kernels, by operator: no Megatron module is around them yet."""
-    if role == "mamba2":
-        return {"mamba2_scan": "there is no Mamba-2 layer around it yet: set mamba.kind to mamba3"}
     if role == "dsa" and not indexer:
         return {"sparse_latent_attention": "no layer takes another's indices yet: set dsa.share_every to 1"}
     return {}

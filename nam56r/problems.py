@@ -168,7 +168,7 @@ class Workload:
             "B": self._tokens(groups, m.d_state),
             "C": self._tokens(groups, m.d_state),
             "D": self._of(heads, dtype=fp32),
-            "z": None,
+            "z": self._tokens(heads, m.headdim),
             "dt_bias": self._of(heads, dtype=fp32),
             "dt_softplus": True,
             "initial_state": None,

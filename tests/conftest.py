@@ -4,6 +4,8 @@ import numpy
 import pytest
 import torch
 
+from nam56r.kernels import triton_runtime
+
 torch.set_num_threads(1)
 
 
@@ -22,6 +24,13 @@ def poisoned():
     yield
     torch.use_deterministic_algorithms(was[0])
     torch.utils.deterministic.fill_uninitialized_memory = was[1]
+
+
+@pytest.fixture
+def interpreter():
+    """Triton kernels run in Triton's interpreter, also on a CPU, when they are asked for by name."""
+    with triton_runtime.interpreter():
+        yield
 
 
 def pytest_collection_modifyitems(items):

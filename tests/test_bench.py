@@ -9,11 +9,17 @@ import torch
 
 import bench.measure
 import bench.peers
+import bench.peers.mamba_ssm
 import bench.peers.xma
 from bench import record as recording
 from bench import test_m2rnn as bench_m2rnn
+from bench import test_mamba2 as bench_mamba2
+from bench import test_mamba3 as bench_mamba3
 from bench.measure import Measured
 from nam56r.kernels.m2rnn import m2rnn
+from nam56r.kernels.mamba2 import mamba2_scan
+from nam56r.kernels.mamba3 import mamba3_scan
+from nam56r.kernels.mamba3.state import Mamba3State
 from nam56r.kernels.registry import DEVICES, NoKernel, Problem, Spec
 from nam56r.kernels.testing import outputs_and_gradients
 
@@ -297,6 +303,230 @@ def test_xma_refuses_what_it_cannot_do(monkeypatch, dtype, B, installed, device,
     (kernel,) = bench.peers.xma.KERNELS
     reasons = kernel.reasons(problem, by_name=True)
     assert len(reasons) == len(words) and all(word in reason for word, reason in zip(words, reasons)), reasons
+
+
+@pytest.mark.parametrize("module", [bench_mamba2, bench_mamba3])
+def test_the_scans_cases(module):
+    cases = module.CASES
+    names = [case.name for case in cases]
+    assert len(set(names)) == len(names)
+    recipes = [name.removesuffix(" B2 S4096 H128 P64 G8 N128") for name in names[: 1 + (module is bench_mamba3)]]
+    assert recipes in (["B2 S4096 H128 P64 G8 N128"], ["rank4", "siso"])
+    beside = [case for case in cases if case.peers]
+    assert {(case.P, case.N, case.dtype) for case in beside} == {(64, 128, torch.bfloat16)}, "mamba-ssm tunes for these"
+    for form in {getattr(case, "rank", None) for case in beside}:
+        lengths = {case.S: case.B for case in beside if getattr(case, "rank", None) == form and case.sequences == 1}
+        assert lengths == {2**n: 1 if n > 14 else 2 for n in range(10, 17)}
+    for word in ("fp16", "fp32", "packed8", "H112", "N64", "N256", "P32", "P128"):
+        assert any(word in name.split() for name in names), word
+
+
+def test_mamba3_s_retuned_cases_come_last():
+    packed = [case.sequences > 1 for case in bench_mamba3.CASES]
+    assert packed == sorted(packed)
+    assert {case.form for case in bench_mamba3.CASES} == {"siso", "rank1", "rank2", "rank4", "rank8"}
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_mamba3_s_inputs_are_the_layer_s(rank):
+    case = bench_mamba3.Case(rank, 1, 64, H=4, G=2, sequences=8)
+    inputs = case.inputs("cpu")
+    assert inputs["cu_seqlens"].tolist() == list(range(0, 65, 8))
+    in_bf16 = {name for name, t in inputs.items() if t is not None and t.dtype == torch.bfloat16}
+    assert in_bf16 == {"x", "B", "C", "trap", "angles", "z"}
+    for name in "BC":
+        torch.testing.assert_close(
+            inputs[name].float().square().mean(-1), torch.ones(1, 64, rank or 1, 2), rtol=0.02, atol=0
+        )
+    dt, log_decay = inputs["dt"], inputs["log_decay"]
+    assert dt.stride() == (4 * 64, 1, 4) == log_decay.stride(), "views of [B, S, H], as the projection leaves them"
+    assert dt.min() > 0 and dt.median() < 0.1 and (log_decay / dt).max() <= -1e-4
+    means = {"psi": 1 / 4, "zeta": 1, "phi": 1 / 4} if rank else {}
+    for name, mean in {"B_bias": 1, "C_bias": 1, "D": 1, **means}.items():
+        assert inputs[name].mean().item() == pytest.approx(mean, rel=0.3) and inputs[name].std() > 0.02 * mean, name
+    y = bench_mamba3.scan("reference", **inputs)
+    assert y.isfinite().all() and y.float().std() > 0.1
+
+
+def test_mamba2_s_inputs_are_the_mixer_s():
+    inputs = bench_mamba2.Case(1, 64, H=4, G=2, sequences=8).inputs("cpu")
+    assert {name for name, t in inputs.items() if t.dtype == torch.float32} == {"A", "D", "dt_bias"}
+    assert -16 <= inputs["A"].min() and inputs["A"].max() <= -1
+    y = bench_mamba2.scan("reference", **inputs)
+    assert y.isfinite().all() and y.float().std() > 0.1
+
+
+def test_the_scans_arithmetic():
+    case = bench_mamba3.Case(4, 1, 16, H=1, G=1)
+    rows = 4 * 16
+    products = (rows * rows * 128, rows * rows * 64, rows * 128 * 64, rows * 64 * 128)  # C Bᵀ, scores v, C S, vᵀ B
+    assert case.flops() == {"fwd": 2 * sum(products), "fwd+bwd": 6 * sum(products)}
+    assert bench_mamba3.Case(None, 1, 64, H=1, G=1).flops() == case.flops()
+    assert bench_mamba2.Case(1, 64, H=1, G=1).flops() == case.flops()
+    assert bench_mamba2.Case(1, 64, H=16, G=1).flops()["fwd"] == 2 * (16 * sum(products[1:]) + products[0])
+    inputs = bench_mamba3.Case(None, 1, 64, H=4, G=2).inputs("cpu")
+    read = sum(t.nbytes for t in inputs.values() if t is not None)
+    assert bench_mamba3.moved(inputs) == {
+        "fwd": read + inputs["x"].nbytes,
+        "fwd+bwd": 3 * read + 2 * inputs["x"].nbytes,
+    }
+
+
+def mamba_ssm_standing_in(name):
+    """mamba-ssm's functions by their modules, signatures and layouts, computed by our references."""
+
+    def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, *, D, z, dt_bias, initial_states, seq_idx, dt_softplus):
+        assert chunk_size == 128
+        ends = None
+        if seq_idx is not None:
+            assert seq_idx.shape == x.shape[:2] and seq_idx.dtype == torch.int32
+            ends = [0, *(seq_idx[0].diff().nonzero()[:, 0] + 1).tolist(), x.shape[1]]
+            ends = torch.tensor(ends, dtype=torch.int32)
+        return mamba2_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_states, ends, kernel="reference")[0]
+
+    def mamba3_siso_combined(
+        Q, K, V, ADT, DT, Trap, Q_bias, K_bias, Angles, D, Z, Input_States, chunk_size, cu_seqlens
+    ):
+        assert chunk_size == 64 and (Q.ndim, K.ndim, Q_bias.ndim, K_bias.ndim) == (4, 4, 2, 2)
+        assert Angles.shape[2] == V.shape[2] and {t.dtype for t in (Q, K, V, Trap, Angles, Z)} == {torch.bfloat16}
+        state = None
+        if Input_States is not None:
+            angle, ssm, k, v = Input_States
+            state = Mamba3State(ssm, k[:, :, None], v[:, :, None], angle)
+        arguments = (V, K[:, :, None], Q[:, :, None], DT, ADT, Trap, Angles, K_bias[:, None], Q_bias[:, None], D, Z)
+        return mamba3_scan(*arguments, initial_state=state, cu_seqlens=cu_seqlens, kernel="reference")[0]
+
+    def mamba3_mimo(
+        Q, K, V, ADT, DT, Trap, Q_bias, K_bias, MIMO_V, MIMO_Z, MIMO_Out, Angles, D, Z, chunk_size, rotary_dim_divisor,
+        dtype, cu_seqlens,
+    ):  # fmt: skip
+        assert chunk_size * Q.shape[2] == 64 and rotary_dim_divisor * Angles.shape[3] == Q.shape[4]
+        assert {t.dtype for t in (Q, K, V, Trap, Z)} == {dtype} and Angles.dtype == torch.float32
+        mimo = (MIMO_V, MIMO_Z, MIMO_Out)
+        arguments = (V, K, Q, DT, ADT, Trap, Angles, K_bias, Q_bias, D, Z)
+        return mamba3_scan(*arguments, mimo=mimo, cu_seqlens=cu_seqlens, kernel="reference")[0]
+
+    return SimpleNamespace(
+        **{
+            "ops.triton.ssd_combined": {"mamba_chunk_scan_combined": mamba_chunk_scan_combined},
+            "ops.triton.mamba3.mamba3_siso_combined": {"mamba3_siso_combined": mamba3_siso_combined},
+            "ops.tilelang.mamba3.mamba3_mimo": {"mamba3_mimo": mamba3_mimo},
+        }[name]
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("form", ["mamba2", "siso", "siso with a state", "rank4"])
+def test_mamba_ssm_is_given_what_it_wants(monkeypatch, form, packed):
+    monkeypatch.setattr(bench.peers.mamba_ssm, "_module", mamba_ssm_standing_in)
+    rows = 3 if packed else 2
+    small = {"B": 1 if packed else 2, "S": 12, "H": 4, "P": 8, "G": 2, "N": 16}
+    if form == "mamba2":
+        inputs = bench_mamba2.Case(**small).inputs("cpu") | {"z": None, "dt_softplus": True}
+        inputs["initial_state"] = None if packed else torch.randn(rows, 4, 8, 16, requires_grad=True)
+        peer, ours = bench.peers.mamba_ssm.mamba2_scan, mamba2_scan
+    else:
+        inputs = bench_mamba3.Case(rank=4 if form == "rank4" else None, **small).inputs("cpu")
+        if form == "rank4":
+            inputs["mimo"] = tuple(inputs.pop(name) for name in ("psi", "zeta", "phi"))
+        if form == "siso with a state":
+            shapes = (8, 16), (1, 16), (1, 8), (4,)
+            state = Mamba3State(*(torch.rand(rows, 4, *shape, requires_grad=True) for shape in shapes))
+            inputs["initial_state"] = state
+        peer, ours = bench.peers.mamba_ssm.mamba3_scan, mamba3_scan
+    inputs["cu_seqlens"] = torch.tensor([0, 5, 6, 12], dtype=torch.int32) if packed else None
+    torch_only = {name: value for name, value in inputs.items() if name != "dt_softplus"}
+    options = {"dt_softplus": True} if form == "mamba2" else {}
+    (y,), gradients = outputs_and_gradients(lambda **given: peer(**given, **options), torch_only, None)
+    (wanted,), exact = outputs_and_gradients(
+        lambda **given: ours(**given, **options, kernel="reference")[:1], torch_only, None
+    )
+    assert torch.equal(y, wanted)
+    assert list(gradients) == list(exact)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, exact[name], rtol=0.02, atol=0.02 * exact[name].abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, []),
+        ({"rank": None}, []),
+        ({"rank": None, "tilelang": None}, []),
+        ({"device": "cpu", "mamba_ssm": None}, ["needs a CUDA device", "mamba_ssm is not installed"]),
+        ({"dtype": torch.float32}, ["computes in bf16"]),
+        ({"gates": torch.bfloat16}, ["wants dt, log_decay in fp32"]),
+        ({"rank": None, "P": 48}, ["powers of two, not P 48"]),
+        ({"tilelang": None}, ["tilelang is not installed: MIMO needs 0.1.8"]),
+        ({"tilelang": "0.1.15"}, ["tilelang is 0.1.15: MIMO needs 0.1.8"]),
+        ({"state": True}, ["takes no initial state"]),
+        ({"rank": None, "state": True}, []),
+        ({"pairs": 16}, ["N / 4 or N / 2 pairs, not 16 of N 128"]),
+        ({"rank": 3, "S": 65536}, ["rank 1, 2, 4 or 8, not 3", "32-bit offsets"]),
+        ({"S": 32768}, []),
+        ({"rank": None, "S": 65536}, []),
+    ],
+)
+def test_mamba_ssm_s_mamba3_refuses_what_it_cannot_do(monkeypatch, given, words):
+    asked = {
+        "rank": 4,
+        "S": 4096,
+        "P": 64,
+        "dtype": torch.bfloat16,
+        "gates": torch.float32,
+        "pairs": 32,
+        "state": False,
+    }
+    asked = SimpleNamespace(**(asked | {"device": "h200", "mamba_ssm": "2.3.2", "tilelang": "0.1.8"} | given))
+    monkeypatch.setattr(bench.peers.mamba_ssm.importlib.util, "find_spec", lambda module: getattr(asked, module))
+    monkeypatch.setattr(bench.peers.mamba_ssm.importlib.metadata, "version", lambda module: getattr(asked, module))
+    R, S, P = asked.rank or 1, asked.S, asked.P
+    parameter = Spec((128, R, P), torch.float32) if asked.rank else None
+    problem = Problem.of(
+        "mamba3_scan",
+        device=DEVICES[asked.device],
+        x=Spec((1, S, 128, P), asked.dtype),
+        B=Spec((1, S, R, 8, 128), asked.dtype),
+        dt=Spec((1, 128, S), asked.gates),
+        log_decay=Spec((1, 128, S), asked.gates),
+        angles=Spec((1, S, 1, asked.pairs), asked.dtype),
+        **dict.fromkeys(("B_bias", "C_bias"), Spec((128, R, 128), torch.float32)),
+        D=Spec((128,), torch.float32),
+        **dict.fromkeys(("psi", "zeta", "phi"), parameter),
+        initial_state=Spec((1, 128, P, 128), torch.float32) if asked.state else None,
+    )
+    kernel = bench.peers.mamba_ssm.KERNELS[1]
+    reasons = kernel.reasons(problem, by_name=True)
+    assert len(reasons) == len(words) and all(word in reason for word, reason in zip(words, reasons)), reasons
+
+
+def test_mamba_ssm_s_mamba2_refuses_what_it_cannot_do(monkeypatch):
+    monkeypatch.setattr(bench.peers.mamba_ssm.importlib.util, "find_spec", lambda module: module)
+    kernel = bench.peers.mamba_ssm.KERNELS[0]
+
+    def reasons(dtype, *given):
+        some = {name: Spec((2,), torch.int32) if name in given else None for name in ("cu_seqlens", "initial_state")}
+        problem = Problem.of("mamba2_scan", device=DEVICES["h200"], x=Spec((1, 8, 4, 8), dtype), **some)
+        return kernel.reasons(problem, by_name=True)
+
+    assert not reasons(torch.float16, "cu_seqlens") and not reasons(torch.float32, "initial_state")
+    double, packed = reasons(torch.float64, "cu_seqlens", "initial_state")
+    assert "fp64" in double and "packed" in packed
+
+
+def test_mamba_ssm_s_modules_are_imported_without_its_root(monkeypatch, tmp_path):
+    (tmp_path / "mamba_ssm" / "ops").mkdir(parents=True)
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text("import no_such_extension")
+    (tmp_path / "mamba_ssm" / "ops" / "__init__.py").write_text("")
+    (tmp_path / "mamba_ssm" / "ops" / "scan.py").write_text("answer = 42")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.scan"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert bench.peers.mamba_ssm._module("ops.scan").answer == 42
+    assert bench.peers.mamba_ssm._module("ops.scan").answer == 42
+    assert not bench.peers.not_installed("mamba_ssm")(Problem.of("m2rnn", device=DEVICES["h200"]))
+    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.scan"):
+        monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The scan of Mamba-3, SISO and MIMO (arXiv 2603.15569): trapezoid, rotated B and C, no convolution."""
+"""Mamba-3's scan and one step of it, SISO and MIMO (arXiv 2603.15569): trapezoid, rotated B and C, no convolution."""
 
 from __future__ import annotations
 
@@ -58,38 +58,104 @@ def mamba3_scan(
     kernel takes the problem.
     """
     sizes = Shapes("mamba3_scan")
-    sizes.bind("x", x, "B S H P", FLOATS)
-    sizes.bind("B", B, "B S R G N", (x.dtype,))
-    sizes.bind("C", C, "B S R G N", (x.dtype,))
+    arguments = {"x": x, "B": B, "C": C, "dt": dt, "log_decay": log_decay, "trap": trap, "angles": angles}
+    arguments |= {"B_bias": B_bias, "C_bias": C_bias, "D": D, "z": z}
+    psi, zeta, phi = _bind(sizes, "B S", "B H S", mimo, **arguments)
+    rows = sizes.packed(cu_seqlens)
+    if initial_state is not None:
+        _bind_state(sizes, "initial_state", initial_state, str(rows), FLOATS)
+    arguments["cu_seqlens"] = cu_seqlens
+    ssm = initial_state and initial_state.ssm
+    problem = Problem.of("mamba3_scan", **arguments, psi=psi, zeta=zeta, phi=phi, initial_state=ssm)
+    return select(problem, kernel).run(**arguments, mimo=mimo, initial_state=initial_state)
+
+
+def mamba3_step(
+    x: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    dt: torch.Tensor,
+    log_decay: torch.Tensor,
+    trap: torch.Tensor,
+    angles: torch.Tensor,
+    B_bias: torch.Tensor,
+    C_bias: torch.Tensor,
+    D: torch.Tensor,
+    z: torch.Tensor | None = None,
+    *,
+    mimo: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    state: Mamba3State,
+    out: Mamba3State | None = None,
+    kernel: str | None = None,
+) -> tuple[torch.Tensor, Mamba3State]:
+    """One step of `mamba3_scan` for n sequences, for decoding: its equations for a single t. There are no gradients.
+
+    x, z             [n, H, P]             bf16, fp16, fp32 or fp64
+    B, C             [n, R, G, N]          x's dtype, normalised already
+    dt, log_decay    [n, H]                any of these dtypes, as trap [n, H] and angles [n, H or 1, N_a]
+    state            a Mamba3State, n rows, fp32 (fp64 for fp64 inputs): a scan's final state, or an earlier step's
+    out              where the new state is written: like state, and contiguous. It may be state itself (a CUDA graph of
+                     a step then goes on by one token with each replay), but must not overlap it otherwise
+    The rest is as in mamba3_scan.
+
+    Returns y [n, H, P] in x's dtype and the new Mamba3State, which is out where that is given.
+    The kernel `triton` takes bf16, fp16, fp32, P up to 128, N up to 256, R up to 8, on compute capability 8.0 or later.
+    Raises ValueError or TypeError, naming the argument, when shapes, dtypes or devices disagree, or when a gradient is
+    asked for; NoKernel when no kernel takes the problem.
+    """
+    sizes = Shapes("mamba3_step")
+    arguments = {"x": x, "B": B, "C": C, "dt": dt, "log_decay": log_decay, "trap": trap, "angles": angles}
+    arguments |= {"B_bias": B_bias, "C_bias": C_bias, "D": D, "z": z}
+    psi, zeta, phi = _bind(sizes, "n", "n H", mimo, **arguments)
+    wide = (torch.promote_types(x.dtype, torch.float32),)
+    _bind_state(sizes, "state", state, "n", wide)
+    if out is not None:
+        _bind_state(sizes, "out", out, "n", wide)
+        for name, tensor in out._asdict().items():
+            if not tensor.is_contiguous():
+                raise ValueError(f"mamba3_step: out.{name} has strides {tensor.stride()}, but must be contiguous")
+    tensors = arguments | {"psi": psi, "zeta": zeta, "phi": phi}
+    if torch.is_grad_enabled():
+        for name, tensor in (tensors | {f"state.{part}": t for part, t in state._asdict().items()}).items():
+            if tensor is not None and tensor.requires_grad:
+                remedy = "call it under torch.no_grad(), or call mamba3_scan"
+                raise ValueError(f"mamba3_step: {name} requires a gradient, but a step has none: {remedy}")
+    problem = Problem.of("mamba3_step", **tensors, state=state.ssm)
+    return select(problem, kernel).run(**arguments, mimo=mimo, state=state, out=out)
+
+
+def _bind(sizes, positions, scalars, mimo, *, x, B, C, dt, log_decay, trap, angles, B_bias, C_bias, D, z):
+    """Check all but the states; gives Ψ, ζ, Φ. positions: what x, B, C, z, angles begin with; scalars: dt's shape."""
+    sizes.bind("x", x, f"{positions} H P", FLOATS)
+    sizes.bind("B", B, f"{positions} R G N", (x.dtype,))
+    sizes.bind("C", C, f"{positions} R G N", (x.dtype,))
     sizes.divides("G", "H")
     for name, tensor in {"dt": dt, "log_decay": log_decay, "trap": trap}.items():
-        sizes.bind(name, tensor, "B H S", FLOATS)
-    shared = isinstance(angles, torch.Tensor) and angles.ndim == 4 and angles.shape[2] == 1
-    sizes.bind("angles", angles, "B S 1 N_a" if shared else "B S H N_a", FLOATS)
+        sizes.bind(name, tensor, scalars, FLOATS)
+    shared = isinstance(angles, torch.Tensor) and angles.ndim == x.ndim and angles.shape[-2] == 1
+    sizes.bind("angles", angles, f"{positions} 1 N_a" if shared else f"{positions} H N_a", FLOATS)
     if sizes["N"] % 2 or 2 * sizes["N_a"] > sizes["N"]:
         raise ValueError(
-            f"mamba3_scan: angles turn N_a = {sizes['N_a']} pairs of N = {sizes['N']}, but N must be even and "
+            f"{sizes.operator}: angles turn N_a = {sizes['N_a']} pairs of N = {sizes['N']}, but N must be even and "
             f"N_a at most N / 2"
         )
     sizes.bind("B_bias", B_bias, "H R N", FLOATS)
     sizes.bind("C_bias", C_bias, "H R N", FLOATS)
     sizes.bind("D", D, "H", FLOATS)
-    sizes.bind("z", z, "B S H P", (x.dtype,), optional=True)
+    sizes.bind("z", z, f"{positions} H P", (x.dtype,), optional=True)
     if mimo is None and sizes["R"] != 1:
-        raise ValueError(f"mamba3_scan: mimo is None, but must be (psi, zeta, phi) when B has R = {sizes['R']}")
+        raise ValueError(f"{sizes.operator}: mimo is None, but must be (psi, zeta, phi) when B has R = {sizes['R']}")
     if mimo is not None and not (isinstance(mimo, tuple) and len(mimo) == 3):
-        raise TypeError("mamba3_scan: mimo must be a tuple (psi, zeta, phi), each [H R P], or None")
-    psi, zeta, phi = mimo or (None, None, None)
-    for name, tensor in {"psi": psi, "zeta": zeta, "phi": phi}.items():
+        raise TypeError(f"{sizes.operator}: mimo must be a tuple (psi, zeta, phi), each [H R P], or None")
+    parts = mimo or (None, None, None)
+    for name, tensor in zip(("psi", "zeta", "phi"), parts):
         sizes.bind(f"mimo's {name}", tensor, "H R P", FLOATS, optional=mimo is None)
-    rows = sizes.packed(cu_seqlens)
-    if initial_state is not None:
-        if not isinstance(initial_state, Mamba3State):
-            raise TypeError(f"mamba3_scan: initial_state is {type(initial_state).__name__}, but must be a Mamba3State")
-        for name, shape in {"ssm": "H P N", "k": "H R N", "v": "H R P", "angle": "H N_a"}.items():
-            sizes.bind(f"initial_state.{name}", getattr(initial_state, name), f"{rows} {shape}", FLOATS)
-    arguments = {"x": x, "B": B, "C": C, "dt": dt, "log_decay": log_decay, "trap": trap, "angles": angles}
-    arguments |= {"B_bias": B_bias, "C_bias": C_bias, "D": D, "z": z, "cu_seqlens": cu_seqlens}
-    ssm = initial_state and initial_state.ssm
-    problem = Problem.of("mamba3_scan", **arguments, psi=psi, zeta=zeta, phi=phi, initial_state=ssm)
-    return select(problem, kernel).run(**arguments, mimo=mimo, initial_state=initial_state)
+    return parts
+
+
+def _bind_state(sizes, name, state, rows, dtypes):
+    """Check a Mamba3State of so many rows."""
+    if not isinstance(state, Mamba3State):
+        raise TypeError(f"{sizes.operator}: {name} is {type(state).__name__}, but must be a Mamba3State")
+    for part, shape in {"ssm": "H P N", "k": "H R N", "v": "H R P", "angle": "H N_a"}.items():
+        sizes.bind(f"{name}.{part}", getattr(state, part), f"{rows} {shape}", dtypes)

@@ -98,3 +98,47 @@ def mamba3_scan(
         cu_seqlens=cu_seqlens,
     )
     return y, Mamba3State(*final)
+
+
+def mamba3_step(
+    x: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    dt: torch.Tensor,
+    log_decay: torch.Tensor,
+    trap: torch.Tensor,
+    angles: torch.Tensor,
+    B_bias: torch.Tensor,
+    C_bias: torch.Tensor,
+    D: torch.Tensor,
+    z: torch.Tensor | None = None,
+    *,
+    mimo: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    state: Mamba3State,
+    out: Mamba3State | None = None,
+) -> tuple[torch.Tensor, Mamba3State]:
+    """The definition of one step; arguments as in `nam56r.kernels.mamba3.mamba3_step`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    heads_per_group = x.shape[1] // B.shape[2]
+    psi, zeta, phi = (t.to(wide) for t in mimo) if mimo else (None, None, None)
+    dt, log_decay, trap = (t.to(wide)[..., None, None] for t in (dt, log_decay, trap))  # [n, H, 1, 1]
+    angle = (state.angle + math.pi * torch.tanh(angles.to(wide)) * dt[..., 0]).remainder(2 * math.pi)
+
+    def by_head(t: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """[n, R, G, N] -> [n, H, R, N], bias added, rotated."""
+        t = t.to(wide).transpose(1, 2).repeat_interleave(heads_per_group, dim=1) + bias.to(wide)
+        return rotate(t, angle[:, :, None], adjacent=mimo is None)
+
+    k, q = by_head(B, B_bias), by_head(C, C_bias)
+    v = x.to(wide)[:, :, None]  # [n, H, R, P]
+    if mimo:
+        v = v * psi
+    ssm = log_decay.exp() * (state.ssm + torch.sigmoid(-trap) * dt * (state.v.mT @ state.k))
+    ssm = ssm + torch.sigmoid(trap) * dt * (v.mT @ k)
+    y = q @ ssm.mT + D.to(wide)[:, None, None] * v
+    if z is not None:
+        gate = z.to(wide)[:, :, None]
+        y = y * silu(gate * zeta if mimo else gate)
+    y = (y * phi if mimo else y).sum(2).to(x.dtype)
+    new = Mamba3State(ssm, k, v, angle)
+    return y, new if out is None else Mamba3State(*(mine.copy_(t) for mine, t in zip(out, new, strict=True)))

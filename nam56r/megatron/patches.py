@@ -21,6 +21,9 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.transformer import multi_token_prediction
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from nam56r.kernels.mamba2.combined import mamba_chunk_scan_combined
+from nam56r.megatron.mamba2 import GatedRMSNorm, training_scan
+
 VERSIONS = ("0.19.",)
 
 Scope = Literal["model", "checkpoint", "cpu", "pretrain", "pretrain-cpu"]
@@ -178,6 +181,35 @@ PATCHES: tuple[Patch, ...] = (
         "megatron.core.transformer.multi_token_prediction._compute_mtp_acceptance_counts",
         _acceptance_without_logits,
         "MTP's acceptance metric takes an argmax over whole logits, which a fused loss never has: 0 of 0 instead",
+    ),
+    _put(
+        "mamba2-without-mamba-ssm",
+        "model",
+        "megatron.core.ssm.mamba_mixer.HAVE_MAMBA_SSM",
+        True,
+        "Megatron's Mamba-2 mixer isn't built without mamba-ssm; the next three patches replace all that it takes from "
+        "there",
+    ),
+    _put(
+        "mamba2-scan",
+        "model",
+        "megatron.core.ssm.mamba_mixer.MambaMixer._ssm_training",
+        training_scan,
+        "the mixer calls mamba-ssm's kernels, in Megatron's own stack too: the plan's convolution and scan instead",
+    ),
+    _put(
+        "mamba2-norm",
+        "model",
+        "megatron.core.ssm.mamba_mixer.ExtendedRMSNorm",
+        GatedRMSNorm,
+        "the mixer's norm is a Triton kernel of mamba-ssm's, and a mock where that isn't installed",
+    ),
+    _put(
+        "mamba2-prefill",
+        "model",
+        "megatron.core.ssm.mamba_mixer.mamba_chunk_scan_combined",
+        mamba_chunk_scan_combined,
+        "outside of training the mixer calls mamba-ssm's scan by itself: ours under the same signature",
     ),
     _put(
         "checkpoint-results",

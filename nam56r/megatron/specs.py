@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
@@ -36,9 +37,11 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from nam56r.megatron.attention import DenseAttention, SparseAttention, SparseCore
+from nam56r.megatron.config import Config, recipe_of
 from nam56r.megatron.linear import ReplicatedLinear
 from nam56r.megatron.m2rnn import M2RNNMixer
 from nam56r.megatron.mamba import Mamba3Mixer
+from nam56r.megatron.mamba2 import Mamba2Mixer
 from nam56r.megatron.moe import Experts, MoE
 from nam56r.megatron.norm import IndexerNorm, RMSNorm
 from nam56r.megatron.stack import MTPLayer, Stack, StackSubmodules
@@ -65,10 +68,10 @@ def _attention_layer(attention: ModuleSpec) -> ModuleSpec:
     )
 
 
-def _mixer_layer(mixer: type) -> ModuleSpec:
+def _mixer_layer(mixer: type | ModuleSpec, **more: Any) -> ModuleSpec:
     return ModuleSpec(
         module=MambaLayer,
-        submodules=MambaLayerSubmodules(norm=RMSNorm, mixer=mixer, mamba_bda=get_bias_dropout_add),
+        submodules=MambaLayerSubmodules(norm=RMSNorm, mixer=mixer, mamba_bda=get_bias_dropout_add, **more),
     )
 
 
@@ -125,7 +128,27 @@ mlp_layer = ModuleSpec(
 )
 
 mamba3_layer = _mixer_layer(Mamba3Mixer)
+mamba2_layer = _mixer_layer(
+    ModuleSpec(
+        module=Mamba2Mixer,
+        submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
+    ),
+    # Megatron's own stack has this norm in the projection: checkpoints move both ways
+    sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
+)
 m2rnn_layer = _mixer_layer(M2RNNMixer)
+
+
+class MambaSlot(MambaLayer):
+    """An M layer, whose kind is the recipe's: one symbol stands for both. submodules are by kind."""
+
+    def __init__(self, config: Config, submodules: dict[str, MambaLayerSubmodules], **rest: Any):
+        super().__init__(config, submodules[recipe_of(config).mamba.kind], **rest)
+
+
+mamba_layer = ModuleSpec(
+    module=MambaSlot, submodules={"mamba3": mamba3_layer.submodules, "mamba2": mamba2_layer.submodules}
+)
 
 mtp_block_spec = ModuleSpec(
     module=MultiTokenPredictionBlock,
@@ -144,7 +167,7 @@ mtp_block_spec = ModuleSpec(
 nam56r_stack_spec = ModuleSpec(
     module=Stack,
     submodules=StackSubmodules(
-        mamba_layer=mamba3_layer,
+        mamba_layer=mamba_layer,
         dsa_layer=dsa_layer,
         mla_layer=mla_layer,
         mlp_layer=mlp_layer,

@@ -33,9 +33,7 @@ SEAMS: dict[str, _Seam] = {
         "and exclude each other, so the experts are ours",
         "leave E out of the pattern",
     ),
-    "mamba3": _Seam(
-        "M is Mamba-3: Megatron's own M is Mamba-2, so the block is ours", "set mamba.kind to mamba2, without E and R"
-    ),
+    "mamba3": _Seam("M is Mamba-3: Megatron's own M is Mamba-2, so the block is ours", "set mamba.kind to mamba2"),
     "m2rnn": _Seam(
         "R is M²RNN: Megatron has no symbol for it, so the symbol and the block are ours", "leave R out of the pattern"
     ),
@@ -269,14 +267,6 @@ def _faults(recipe: Recipe, layers: dict[str, list[int]]) -> Iterator[Issue]:
             f"layer numbers, and no offset and frequency give indices to {named(recipe.indexer_layers)} alone of the sparse "
             f"{named(recipe.sparse_layers)}: set dsa.share_every to 1, or space dsa.ranks evenly",
         )
-    ours = [role for role in SEAMS if role in layers]
-    if "mamba2" in layers and ours:
-        symbols = " and ".join(VISIBLE[role] for role in ours)
-        yield fault(
-            "mamba2",
-            f"mamba.kind = mamba2 ({named(layers['mamba2'])}), but the stack spec that serves {symbols} has no Mamba-2 "
-            f"layer: set mamba.kind to mamba3, or leave {symbols} out of the pattern",
-        )
 
 
 def _without_flag(recipe: Recipe, layers: dict[str, list[int]]) -> Iterator[str]:
@@ -284,6 +274,11 @@ def _without_flag(recipe: Recipe, layers: dict[str, list[int]]) -> Iterator[str]
     if "mamba3" in layers:
         # SISO is said too: a reader must not take a missing note for a default
         yield f"mimo: mamba.mimo_rank = {recipe.mamba.mimo_rank} has no flag ({named(layers['mamba3'])})"
+    if "mamba2" in layers and any(role in layers for role in SEAMS):
+        yield (
+            f"mamba2: mamba.kind = mamba2 has no flag, and the stack spec's M takes it from the recipe; the block is "
+            f"Megatron's own ({named(layers['mamba2'])})"
+        )
     if "m2rnn" in layers:
         sizes = ", ".join(f"m2rnn.{name} = {value}" for name, value in recipe.m2rnn)
         yield f"m2rnn: {sizes} have no flag ({named(layers['m2rnn'])})"

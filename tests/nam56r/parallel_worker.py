@@ -1,8 +1,9 @@
 """One rank of a run whose loss and gradients test_parallel.py compares with those of one process.
 
-python parallel_worker.py FOLDER NAME TP EP, under torchrun or alone. Weights come from FOLDER/weights, written by the
-run named "one"; gradients go to FOLDER/NAME as a distributed checkpoint, the loss to FOLDER/NAME.json, and with it the
-parameters that tensor-parallel ranks hold alike but not to the bit: as drawn, as loaded, and by their gradients.
+python parallel_worker.py FOLDER NAME TP EP [SETTING …], under torchrun or alone; settings change the small recipe.
+Weights come from FOLDER/weights, written by the run named "one"; gradients go to FOLDER/NAME as a distributed
+checkpoint, the loss to FOLDER/NAME.json, and with it the parameters that tensor-parallel ranks hold alike but not to
+the bit: as drawn, as loaded, and by their gradients.
 """
 
 import json
@@ -27,7 +28,7 @@ SMALL = (
     "pattern=AEMRA depth=5 dsa.ranks=[0] hidden_size=64 ffn_hidden_size=96 vocab_size=128 seq_length=32 "
     "mla.num_heads=4 mla.q_lora_rank=16 mla.kv_lora_rank=16 mla.qk_nope_head_dim=16 mla.qk_rope_head_dim=8 "
     "mla.v_head_dim=16 dsa.top_k=8 dsa.loss_coeff=1.0 dsa.index_num_heads=2 dsa.index_head_dim=16 "
-    "mamba.headdim=16 mamba.d_state=16 mamba.ngroups=2 mamba.mimo_rank=2 "
+    "mamba.headdim=16 mamba.d_state=16 mamba.ngroups=4 mamba.mimo_rank=2 "
     "moe.num_experts=4 moe.top_k=2 moe.ffn_hidden_size=32 moe.shared_ffn_hidden_size=32 moe.aux_loss_coeff=0.01 "
     "m2rnn.num_heads=3 m2rnn.k_head_dim=16 m2rnn.v_head_dim=16 mtp.num_depths=1"
 )
@@ -51,9 +52,9 @@ def unlike(model: torch.nn.Module, value: str) -> list[str]:
     return names
 
 
-def main(folder: Path, name: str, tp: int, ep: int) -> None:
+def main(folder: Path, name: str, tp: int, ep: int, *settings: str) -> None:
     device = initialize("cpu", tp=tp, ep=ep, seed=3)
-    recipe = small_recipe()
+    recipe = small_recipe(*settings)
     plan = make_plan(recipe, DEVICES["cpu"], tensor_parallel=tp, dtype=torch.float32)
     model = build_model(recipe, plan, device=device, dtype=torch.float32)
     differing = {"drawn": unlike(model, "data")}
@@ -95,4 +96,4 @@ def main(folder: Path, name: str, tp: int, ep: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])

@@ -237,6 +237,7 @@ def probes() -> dict[str, Any]:
     """What each patch is for, tried out: its name -> what happens."""
     from megatron.core.datasets import utils as datasets
     from megatron.core.models.hybrid import hybrid_layer_allocation as hybrid
+    from megatron.core.ssm import mamba_mixer
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer import multi_token_prediction
     from megatron.training import arguments, training
@@ -244,7 +245,9 @@ def probes() -> dict[str, Any]:
     def attempt(function: Any) -> Any:
         try:
             return function()
-        except (AssertionError, OSError, RuntimeError, SystemExit, ValueError) as error:  # torch and Megatron say no
+        except (  # torch and Megatron say no
+            *(AssertionError, AttributeError, ImportError, OSError, RuntimeError, SystemExit, TypeError, ValueError),
+        ) as error:
             return type(error).__name__
 
     def acceptance(deferred: bool) -> list[float]:
@@ -252,6 +255,34 @@ def probes() -> dict[str, Any]:
         labels, mask, layer = torch.tensor([[1, 2, 3]]), torch.ones(1, 3), SimpleNamespace(deferred=deferred)
         count = multi_token_prediction._compute_mtp_acceptance_counts
         return [float(number) for number in count(logits, labels, mask, layer, None)]
+
+    def scan() -> list[int]:
+        """Two steps of a mixer with one head, one channel and one state."""
+        one = torch.ones(1)
+        cp = {
+            "A_log": one,
+            "D": one,
+            "dt_bias": one,
+            "conv1d_weight": torch.ones(3, 1, 4),
+            "conv1d_bias": torch.ones(3),
+        }
+        sizes = {"d_inner_local_tpcp": 1, "ngroups_local_tpcp": 1, "nheads_local_tpcp": 1}
+        getters = {f"get_{name}": lambda value=value: value for name, value in cp.items()}
+        mixer = SimpleNamespace(
+            cp=SimpleNamespace(**sizes, **getters, post_conv_ssm=lambda y, packed: y),
+            **{"d_state": 1, "headdim": 1, "rmsnorm": False, "D_has_hdim": False, "layer_number": 1},
+            **{"chunk_size": 8, "activation": "silu", "norm_before_gate": False, "config": None},
+            mamba_training_ssm_states_dtype=None,
+        )
+        return list(mamba_mixer.MambaMixer._ssm_training(mixer, torch.ones(2, 1, 5)).shape)
+
+    def prefill() -> list[int]:
+        x, state, dt = torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 3), torch.ones(1, 2, 1)
+        return list(mamba_mixer.mamba_chunk_scan_combined(x, dt, -torch.ones(1), state, state, 8).shape)
+
+    def norm() -> list[float]:
+        module = mamba_mixer.ExtendedRMSNorm(4, eps=0.0, group_size=2, norm_before_gate=False)
+        return [round(number, 4) for number in module(torch.tensor([1.0, 1.0, -3.0, 3.0])).tolist()]  # a mock has none
 
     def wait() -> bool:
         torch.cuda.current_stream().wait_stream(torch.cuda.current_stream())
@@ -289,6 +320,11 @@ def probes() -> dict[str, Any]:
         "r-symbol": attempt(lambda: hybrid.parse_hybrid_pattern("MR").main_pattern),
         "r-name": "R" in hybrid.Symbols.name_sorted_valid_layer_symbols(),
         "mtp-acceptance": [acceptance(deferred=True), acceptance(deferred=False)],
+        # the next thing that it misses is its groups
+        "mamba2-without-mamba-ssm": attempt(lambda: mamba_mixer.MambaMixer(SimpleNamespace(), None, 8)),
+        "mamba2-scan": attempt(scan),
+        "mamba2-norm": attempt(norm),
+        "mamba2-prefill": attempt(prefill),
         "cpu-current-device": attempt(lambda: torch.zeros(1, device=torch.cuda.current_device()).device.type),
         "cpu-current-stream": attempt(wait),
         "cpu-stream": attempt(side_stream),

@@ -13,8 +13,8 @@ positive = st.floats(1e-12, 10, allow_nan=False)
 
 @st.composite
 def recipes(draw: st.DrawFn, symbols: str = "AEMR") -> Recipe:
-    """A valid recipe of these symbols, every value drawn. Faults of its translation are possible: Mamba-2 beside E or
-    R, shared indices, a rope_theta that is no whole number."""
+    """A valid recipe of these symbols, every value drawn. Faults of its translation are possible: shared indices,
+    a rope_theta that is no whole number."""
     depth = draw(st.integers(1, 14))
     pattern = draw(st.text(symbols, min_size=1, max_size=12))
     attention = (pattern * depth)[:depth].count("A")

@@ -20,11 +20,11 @@ def test_implied_features_are_never_misplaced():
     assert implied(TINY, 2) == ("moe",)
     assert implied(TINY, 3) == ("mamba3", "mimo")
     assert implied(TINY.with_overrides(["mamba.mimo_rank=1"]), 3) == ("mamba3",)
-    assert implied(TINY.with_overrides(["mamba.kind=mamba2"]), 3) == ()
+    assert implied(TINY.with_overrides(["mamba.kind=mamba2"]), 3) == ("mamba2",)
     assert implied(TINY, 12) == ("m2rnn",)
     assert global_features(TINY) == ("mtp",)
     assert global_features(TINY.with_overrides(["mtp.num_depths=0"])) == ()
-    for recipe in PRESETS.values():
+    for recipe in (*PRESETS.values(), TINY.with_overrides(["mamba.kind=mamba2"])):
         layers = {}
         for layer in range(1, recipe.depth + 1):
             for name in implied(recipe, layer):
@@ -57,6 +57,7 @@ def test_a_feature_is_refused_on_every_other_family(name):
         ("features.mla=[0]", 0, "names layer 0"),
         ("features.mla=[-1]", -1, "names layer -1"),
         ("features.dsa=[1]", 1, "dsa is named on layer 1, but the recipe's own fields don't put it there"),
+        ("features.mamba2=[3]", 3, "mamba2 is named on layer 3, but the recipe's own fields don't put it there"),
         ("features.mla=[]", None, "mla names no layer"),
         ("features.mtp=[12]", None, r"mtp is global and takes no layers, but has \[12\]"),
     ],

@@ -13,10 +13,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nam56r.kernels.m2rnn import cuda
 from nam56r.kernels.registry import DEVICES
+from nam56r.kernels.ssd import cuda as scan
 from nam56r.memory import GIB, Estimate, Held, available, check, estimate, in_flight, stages
 from nam56r.parameters import parameters
 from nam56r.plan import MEGATRON, PlanRefused, make_plan
 from nam56r.recipe import PRESETS
+from tests.nam56r.layers import forget_losses
 
 TINY, NAM56R = PRESETS["nam56r-tiny"], PRESETS["nam56r"]
 
@@ -85,6 +87,31 @@ def test_the_recurrence_keeps_the_states_that_its_kernel_saves(device, dtype, si
     assert kept(m2rnn="cuda") - kept() == states.nbytes
 
 
+@pytest.mark.parametrize("length", [4096, 1000])
+@pytest.mark.parametrize(("kind", "rank"), [("mamba3", 8), ("mamba3", 4), ("mamba3", 1), ("mamba2", 4)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_scans_keep_the_states_that_their_kernel_saves(kind, rank, length, dtype):
+    """Of the production recipe, and of a length that ends within a span; Mamba-2 doesn't read the rank."""
+    recipe = NAM56R.with_overrides([f"mamba.kind={kind}", f"mamba.mimo_rank={rank}", f"seq_length={length}"])
+    plan = planned(recipe, dtype=dtype, micro_batch=2)
+
+    def kept(**kernels):
+        slots = tuple(slot.model_copy(update={"kernels": kernels}) for slot in plan.slots)
+        return estimate(recipe, plan.model_copy(update={"slots": slots})).activations["mamba"]
+
+    x = torch.empty(2, length, 128, 64, dtype=dtype, device="meta")
+    dt = torch.empty(2, 128, length, device="meta")
+    B = x.new_empty(2, length, rank if kind == "mamba3" else 1, 8, 128)
+    angles, mixing = (x.new_empty(2, length, 1, 32), dt.new_empty(128, rank, 64)) if kind == "mamba3" else (None, None)
+    A = dt.new_empty(128) if kind == "mamba2" else None
+    psi = mixing if rank > 1 else None
+    *_, saved, bases, steps, tables = scan._scan_shapes(
+        x, B, B, dt, dt, dt, angles, A, A, True, None, None, None, x, psi, psi, psi, None, None, None, True
+    )
+    own = sum(t.nbytes for t in (saved, bases, steps, tables))
+    assert kept(**{f"{kind}_scan": "cuda"}) - kept() == pytest.approx(13 * own, abs=99)
+
+
 def test_chunked_loss_saves_the_published_logits():
     """Stored, the head's logits of 8 sequences are 8 · 4096 · 131072 numbers: 16 GiB in fp32."""
     chunked = estimate(NAM56R, planned(NAM56R, micro_batch=8))
@@ -134,13 +161,17 @@ def test_available(monkeypatch):
     assert available(DEVICES["h200"]) == 141 * GIB
 
 
-def test_activations_are_what_the_model_keeps():
+@pytest.mark.parametrize(
+    "settings", [(), ("mamba.mimo_rank=1",), ("mamba.kind=mamba2",)], ids=["mimo", "siso", "mamba2"]
+)
+def test_activations_are_what_the_model_keeps(settings):
     """Bytes that autograd saves in a forward of the real model, by layer, within a third of the estimate."""
     from nam56r.megatron.model import build_model
     from nam56r.megatron.parallel import destroy, initialize
 
-    recipe = TINY.with_overrides(["seq_length=128"])
+    recipe = TINY.with_overrides(["seq_length=128", *settings])
     plan = planned(recipe, "cpu", micro_batch=2, dtype=torch.float32)
+    forget_losses()
     initialize("cpu", seed=5)
     try:
         model = build_model(recipe, plan, device=torch.device("cpu"), dtype=torch.float32)

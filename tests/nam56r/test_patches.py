@@ -96,6 +96,10 @@ BEHAVIOUR = {
     "r-name": (False, True),
     # of a deferred head, whose "logits" are none, and of a whole one: 2 of 3 right
     "mtp-acceptance": ([[2, 3], [2, 3]], [[0, 0], [2, 3]]),
+    "mamba2-without-mamba-ssm": ("ImportError", "AssertionError"),
+    "mamba2-scan": (None, [2, 1, 1]),
+    "mamba2-norm": ([], [1, 1, -1, 1]),
+    "mamba2-prefill": (None, [1, 2, 1, 4]),
     "cpu-current-device": (None, "cpu"),
     "cpu-current-stream": (None, True),
     "cpu-stream": (None, True),

@@ -21,6 +21,7 @@ OPERATORS = {
     "dsa": {"rms_norm", "index_top_k", "sparse_latent_attention", "indexer_kl_loss"},
     "moe": {"rms_norm", "moe_experts"},
     "mamba3": {"rms_norm", "mamba3_scan"},
+    "mamba2": {"rms_norm", "causal_conv1d", "mamba2_scan"},
     "m2rnn": {"rms_norm", "causal_conv1d", "m2rnn"},
     "mtp": {"rms_norm", "mla_attention", "linear_cross_entropy"},
     "head": {"rms_norm", "linear_cross_entropy"},
@@ -174,12 +175,20 @@ def test_index_sharing_and_no_loss_leave_operators_out():
     assert "indexer_kl_loss" not in still.slots[0].kernels and "index_top_k" in still.slots[0].kernels
 
 
-def test_mamba2_has_kernels_but_no_layer_yet():
-    with pytest.raises(
-        PlanRefused, match="mamba2_scan at 3, 7, 11: there is no Mamba-2 layer .* set mamba.kind to mamba3"
-    ) as refused:
-        make_plan(TINY.with_overrides(["mamba.kind=mamba2"]), DEVICES["cpu"], dtype=torch.float32)
-    assert "mamba2_scan" not in refused.value.plan.slots[2].kernels
+def test_mamba2_is_planned_beside_every_other_block():
+    recipe = TINY.with_overrides(["mamba.kind=mamba2"])
+    plan = make_plan(recipe, DEVICES["cpu"], tensor_parallel=2, dtype=torch.float32)
+    assert plan.accepted and plan.native_pattern == make_plan(TINY, DEVICES["cpu"]).native_pattern
+    for slot in plan.slots:
+        assert set(slot.kernels) == OPERATORS[slot.role]
+        assert slot.seams == ((slot.symbol,) if slot.symbol == "R" else ())
+    shapes = plan.slots[2].shapes["mamba2_scan"]
+    assert plan.slots[2].features == ("mamba2",)
+    assert (shapes["x"], shapes["B"], shapes["dt"]) == ((1, 256, 4, 64), (1, 256, 1, 32), (1, 256, 4))
+    error = refused(recipe, DEVICES["cpu"], tensor_parallel=16, dtype=torch.float32)
+    reasons = {(r.layer, r.operator): " ".join(r.reasons) for r in error.refusals}
+    assert "the number of Mamba heads = 8" in reasons[3, "mamba2_scan"]
+    assert "mamba.ngroups = 2" in reasons[3, "mamba2_scan"]
 
 
 def tensor(spec, name):

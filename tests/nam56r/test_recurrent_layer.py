@@ -11,16 +11,13 @@ from hypothesis import strategies as st
 from megatron.core import dist_checkpointing
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nam56r.kernels.m2rnn.gate import skip_and_gate
-from nam56r.kernels.registry import DEVICES
 from nam56r.megatron import m2rnn as layer
-from nam56r.megatron.config import transformer_config
 from nam56r.megatron.linear import PRODUCT_COLUMNS, SECTION_COLUMNS, ReplicatedLinear, SectionedLinear
 from nam56r.megatron.parallel import destroy, initialize
 from nam56r.parameters import m2rnn as shapes
-from nam56r.plan import make_plan
+from tests.nam56r.layers import Passes, Stub, config_of, drawn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from parallel_worker import small_recipe  # noqa: E402
@@ -33,21 +30,9 @@ def groups():
     destroy()
 
 
-def config_of(recipe, dtype=torch.float32):
-    plan = make_plan(recipe, DEVICES["cpu"], dtype=dtype)
-    return transformer_config(recipe, plan, device=torch.device("cpu"), dtype=dtype)
-
-
 def mixer_of(recipe, dtype=torch.float32):
-    """Every parameter drawn, so that none is where a wrong formula would not show."""
-    mixer = layer.M2RNNMixer(
-        config_of(recipe, dtype), recipe.hidden_size, 1, ProcessGroupCollection.use_mpu_process_groups()
-    )
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in mixer.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
-    return mixer
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return drawn(layer.M2RNNMixer(config_of(recipe, dtype), recipe.hidden_size, 1, groups))
 
 
 def definition(recipe, weights, hidden):
@@ -160,43 +145,6 @@ def test_skip_and_gate_has_the_gradients_of_its_formula(length, batch, heads, he
 
     inputs = draw(length, batch, heads, headdim), draw(length, batch, heads, headdim), draw(heads)
     assert torch.autograd.gradcheck(skip_and_gate, (*inputs, draw(length, batch, heads * headdim)))
-
-
-class Passes(TorchDispatchMode):
-    """What reads or writes at least `size` elements outside of the operators, views apart."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.size, self.ops = size, []
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        result = function(*arguments, **(options or {}))
-        tensors = [t for t in (*_flat(result), *_flat(arguments)) if isinstance(t, torch.Tensor)]
-        name = function.overloadpacket.__name__
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
-        if not view and "empty" not in name and max((t.numel() for t in tensors), default=0) >= self.size:
-            self.ops.append(name)
-        return result
-
-
-def _flat(values):
-    """The members of a tuple or list, of the lists in it too (what `cat` is given)."""
-    return [v for value in values for v in _flat(value)] if isinstance(values, (tuple, list)) else [values]
-
-
-class Stub(torch.autograd.Function):
-    """Stands for an operator: the shapes of its results and gradients, and no pass. record gets what it was given."""
-
-    @staticmethod
-    def forward(ctx, record, shape, *tensors):
-        record.append(tensors)
-        ctx.record, ctx.tensors = record, tensors
-        return tensors[0].new_empty(shape)
-
-    @staticmethod
-    def backward(ctx, d):
-        ctx.record.append((d,))
-        return None, None, *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in ctx.tensors)
 
 
 def test_copies_nothing_between_its_operators(monkeypatch):

@@ -78,6 +78,21 @@ def test_without_seams_it_is_fully_native():
         assert not translate(recipe.with_overrides([setting])).fully_native
 
 
+def test_mamba2_is_native_beside_seams():
+    recipe = TINY.with_overrides(["mamba.kind=mamba2"])
+    plan = translate(recipe)
+    assert plan.accepted and plan.stack_spec == STACK_SPEC and not plan.requires_custom_mamba3
+    assert [issue.subject for issue in plan.issues] == ["moe", "m2rnn"]
+    assert all(slot.native == "M" and slot.seams == () for slot in plan.slots if slot.symbol == "M")
+    # our stack spec has an M of either kind, and no flag says which
+    assert megatron_args(recipe, plan).args == megatron_args(TINY, translate(TINY)).args
+    said = [note for note in plan.custom_notes if note.startswith("mamba2: mamba.kind = mamba2 has no flag")]
+    assert len(said) == 1 and "layers 3, 7, 11" in said[0]
+    for pattern, noted in {"AM": False, "AMR": True, "AME": True}.items():
+        notes = translate(recipe.with_overrides([f"pattern={pattern}"])).custom_notes
+        assert any(note.startswith("mamba2") for note in notes) == noted
+
+
 def test_strict_refuses_every_seam_with_a_remedy_that_works():
     plan = translate(TINY, strict=True)
     assert [refusal.operator for refusal in plan.refusals] == ["moe", "mamba3", "m2rnn"]
@@ -120,12 +135,6 @@ def test_moe_off_refuses_e_and_nothing_falls():
             "mla.rope_theta = 0.4, but Megatron's --rotary-base takes whole numbers: set it to 1",
         ),
         (["pattern=R", "dsa.ranks=[]", "mla.rope_theta=0.4"], "mla", "rope_theta"),  # MTP's attention
-        (
-            ["mamba.kind=mamba2"],
-            "mamba2",
-            "layers 3, 7, 11.*the stack spec that serves E and R has.*set mamba.kind to mamba3, or leave E",
-        ),
-        (["mamba.kind=mamba2", "pattern=AAMR"], "mamba2", "the stack spec that serves R has no Mamba-2 layer"),
         (
             ["pattern=AAE", "dsa.ranks=[0,1,2,5,6]", "dsa.share_every=2"],
             "dsa",

@@ -1,0 +1,42 @@
+// What every kernel of the scan gets: addresses and sizes, in the order of FIELDS in kernels/ssd/cuda.py.
+#pragma once
+
+namespace nam56r::ssd {
+
+struct Arguments {
+  void *x, *B, *C, *z, *dy;
+  void *y, *dx, *dB, *dC, *dz;
+  void *L, *W, *OWN, *DT, *angles, *B_bias, *C_bias, *D, *psi, *zeta, *phi;
+  void *state, *angle;
+  void *cu, *first, *sequence_of;
+  void *saved, *bases, *final, *final_k, *final_v, *final_angle;
+  void *carried, *energy, *dfinal, *dangle_unused, *dstate;
+  void *DQ, *DOWN, *DW, *dB_bias, *dC_bias, *dpsi, *dzeta, *dphi, *dD;
+  void *ddt_q, *ddt_k, *dangle_q, *dangle_k, *total_q, *total_k;
+  long long S, tokens, H, heads_per_group, G, spans, sequences, every, units, splits, angle_heads, d_h, d_p, save;
+  long long x_b, x_s, x_h, B_b, B_s, B_r, B_g, C_b, C_s, C_r, C_g, z_b, z_s, z_h, dy_b, dy_s, dy_h, a_b, a_s, a_h;
+  long long dB_b, dB_s, dB_r, dB_g, dB_split, dC_b, dC_s, dC_r, dC_g, dC_split;
+};
+
+template <typename T>
+__device__ inline T* at(void* address) {
+  return static_cast<T*>(address);
+}
+
+// Where a sequence lies: its row of the batch, its first token there and among all tokens, its length.
+struct Sequence {
+  long long row, first, token;
+  int length;
+};
+
+__device__ inline Sequence sequence(const Arguments& a, int number) {
+  if (!a.cu) return {number, 0, number * a.S, int(a.S)};
+  const int* cu = at<const int>(a.cu);
+  return {0, cu[number], cu[number], cu[number + 1] - cu[number]};
+}
+
+__device__ inline long long first_span(const Arguments& a, int number) {
+  return a.cu ? at<const int>(a.first)[number] : number * a.spans;
+}
+
+}  // namespace nam56r::ssd

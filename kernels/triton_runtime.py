@@ -1,0 +1,75 @@
+"""Where Triton kernels can run: the reasons why not, and Triton's interpreter, which runs them on a CPU.
+
+The interpreter is for tests and debugging: it is slow, and in Triton 3.6 to 3.9 it computes bf16 `tl.dot` wrongly. So
+on a CPU a Triton kernel runs only there, and only when it is asked for by name. It is switched on for a process, by
+TRITON_INTERPRET=1 before Triton is imported, or for a block, by `interpreter`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+import triton
+import triton.language
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+from nam56r.kernels.registry import FAMILY, Problem, candidates, select
+
+OLDEST = (8, 0)  # compute capability: bf16 products and asynchronous copies
+
+
+@torch.compiler.assume_constant_result  # a traced program asks while it is traced
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter now."""
+    return triton.knobs.runtime.interpret
+
+
+def reason(problem: Problem) -> tuple[str, ...]:
+    """Why no Triton kernel can serve the problem's device, present or planned for; empty when one can."""
+    device = problem.device
+    if device.type != "cuda":
+        remedy = "set TRITON_INTERPRET=1 to run it in Triton's interpreter"
+        return () if interpreted() else (f"a Triton kernel, but the device is {device.name}: {remedy}",)
+    major, minor = device.capability
+    return () if (major, minor) >= OLDEST else (f"{device.name} is sm_{major}{minor}, but it takes sm_80 or later",)
+
+
+@contextmanager
+def interpreter() -> Iterator[None]:
+    """In this block every Triton kernel of the package runs in Triton's interpreter, on tensors of any device.
+
+    Triton decides that where a function is decorated. Functions that are decorated already, ours and those of Triton's
+    own language, are replaced in their modules for the block. A kernel that a module holds under a name of that module
+    is found; one kept in a list or a closure isn't.
+    """
+    if interpreted():
+        yield
+        return
+    for operator in FAMILY:
+        candidates(operator)  # imports every family: one that is imported in the block would stay interpreted
+    kept = [(module, dict(vars(module))) for module in _modules()]
+    replaced: dict[int, InterpretedFunction] = {}  # a function has one stand-in, under whatever names it goes
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        select.cache_clear()
+        try:
+            for module, names in kept:
+                for name, value in names.items():
+                    if isinstance(value, JITFunction):
+                        setattr(module, name, replaced.setdefault(id(value), InterpretedFunction(value.fn)))
+            yield
+        finally:
+            for module, names in kept:  # the interpreter leaves some of Triton's language patched, too
+                vars(module).update(names)
+            select.cache_clear()
+
+
+def _modules() -> list[ModuleType]:
+    """The modules that may hold Triton functions: the package's kernels and Triton's language."""
+    packages = ("nam56r.kernels", "triton.language")
+    return [module for name, module in list(sys.modules.items()) if name.startswith(packages)]

@@ -1,0 +1,495 @@
+"""The scan around the CUDA kernels: numbers before them, gradients behind them, with the kernels in plain PyTorch."""
+
+import re
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nam56r.kernels import extension, nvrtc
+from nam56r.kernels.mamba2 import cuda as mamba2_cuda
+from nam56r.kernels.mamba2 import reference as mamba2_reference
+from nam56r.kernels.mamba3 import Mamba3State
+from nam56r.kernels.mamba3 import cuda as mamba3_cuda
+from nam56r.kernels.mamba3 import reference as mamba3_reference
+from nam56r.kernels.registry import DEVICES, Device, Problem, Spec, candidates, select
+from nam56r.kernels.ssd import code, cuda
+from nam56r.kernels.ssd.code import Code, Shape
+from nam56r.kernels.ssd.sizes import sizes_of
+from nam56r.kernels.testing import agree, flatten, outputs_and_gradients
+from tests.kernels import ssd_emulation
+
+IMPLEMENTATIONS = torch.library.Library("nam56r", "IMPL")
+IMPLEMENTATIONS.impl("ssd_scan", cuda._scan, "CPU")
+IMPLEMENTATIONS.impl("ssd_scan_backward", cuda._scan_backward, "CPU")
+
+
+launch = cuda.launch
+
+
+@pytest.fixture(autouse=True)
+def emulated(interpreter, poisoned, monkeypatch):
+    """Triton in its interpreter, the CUDA kernels in PyTorch, NaN in memory that nobody wrote."""
+    monkeypatch.setattr(cuda, "launch", ssd_emulation.launch)
+
+
+def mamba3_inputs(
+    B=2, S=37, H=4, G=2, P=32, N=32, R=None, *, shared=True, gate=True, state=False, ends=None, dtype=torch.float64,
+):  # fmt: skip
+    """R: MIMO rank, None for SISO; ends: packed bounds, of B 1."""
+    generator = torch.Generator().manual_seed(S)
+
+    def draw(*shape, dtype=dtype):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    n, rank = B if ends is None else len(ends) - 1, R or 1
+    dt = F.softplus(draw(B, S, H) - 1).transpose(1, 2)
+    made = {
+        "x": draw(B, S, H, P),
+        "B": draw(B, S, rank, G, N) / 4,
+        "C": draw(B, S, rank, G, N) / 4,
+        "dt": dt,
+        "log_decay": -dt * torch.rand(B, H, S, generator=generator, dtype=torch.float64),
+        "trap": draw(B, H, S),
+        "angles": draw(B, S, 1 if shared else H, N // 4),
+        "B_bias": draw(H, rank, N) / 4,
+        "C_bias": draw(H, rank, N) / 4,
+        "D": draw(H),
+    }
+    if gate:
+        made["z"] = draw(B, S, H, P)
+    if R:
+        made["mimo"] = tuple(draw(H, R, P) for _ in range(3))
+    if state:
+        shapes = (H, P, N), (H, rank, N), (H, rank, P), (H, N // 4)
+        made["initial_state"] = Mamba3State(*(draw(n, *shape) for shape in shapes))
+    return with_gradients(made, ends)
+
+
+def mamba2_inputs(B=2, S=37, H=4, G=2, P=32, N=32, *, D="H", gate=True, softplus=True, state=False, ends=None):
+    generator = torch.Generator().manual_seed(S)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    n = B if ends is None else len(ends) - 1
+    dt = draw(B, S, H) - 2
+    made = {"x": draw(B, S, H, P), "dt": dt if softplus else dt.exp(), "A": -draw(H).exp()}
+    made |= {"B": draw(B, S, G, N) / 4, "C": draw(B, S, G, N) / 4, "dt_softplus": softplus}
+    if D:
+        made["D"] = draw(H) if D == "H" else draw(H, P)
+    if gate:
+        made["z"] = draw(B, S, H, P)
+    if softplus:
+        made["dt_bias"] = draw(H) / 2
+    if state:
+        made["initial_state"] = draw(n, H, P, N)
+    return with_gradients(made, ends)
+
+
+def with_gradients(made, ends):
+    for value in made.values():
+        for t in value if isinstance(value, tuple) else (value,):
+            if isinstance(t, torch.Tensor):
+                t.requires_grad_()
+    if ends is not None:
+        made["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32)
+    return made
+
+
+def assert_equal(run, definition, made, tolerance=1e-9):
+    got, got_gradients = outputs_and_gradients(run, made, None)
+    want, want_gradients = outputs_and_gradients(definition, made, None)
+    assert got_gradients.keys() == want_gradients.keys()
+    for mine, exact in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=tolerance, atol=tolerance)
+    for name, exact in want_gradients.items():
+        mine = got_gradients[name]
+        if exact is None or mine is None:  # what nothing reads
+            assert all(t is None or not t.any() for t in (mine, exact)), name
+            continue
+        torch.testing.assert_close(mine, exact, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
+
+
+mamba3 = partial(assert_equal, mamba3_cuda.mamba3_scan, mamba3_reference.mamba3_scan)
+mamba2 = partial(assert_equal, mamba2_cuda.mamba2_scan, mamba2_reference.mamba2_scan)
+PACKED = {"B": 1, "S": 150, "ends": [0, 0, 1, 133, 133, 150, 150]}
+RANKS = [None, 1, 2, 4]
+
+
+@pytest.mark.parametrize("R", RANKS)
+@pytest.mark.parametrize("shape", [{"S": 1}, {"S": 37, "state": True}, {"S": 131, "B": 1}], ids=str)
+def test_mamba3(R, shape):
+    """Values and every gradient, through y and every part of the final state."""
+    mamba3(mamba3_inputs(R=R, **shape))
+
+
+@pytest.mark.parametrize("R, state", [(None, False), (None, True), (1, True), (2, False), (4, True)])
+def test_mamba3_packed(R, state):
+    """Empty sequences at both ends and between, one of one token, spans that no sequence uses."""
+    mamba3(mamba3_inputs(R=R, state=state, **PACKED))
+
+
+@pytest.mark.parametrize(
+    "R, shape",
+    [
+        (None, {"shared": False}),
+        (2, {"shared": False, "state": True, **PACKED}),
+        (None, {"gate": False}),
+        (2, {"gate": False}),
+        (None, {"P": 128, "H": 2, "state": True}),
+        (4, {"P": 128, "H": 2, "state": True, **PACKED}),
+        (2, {"P": 128, "H": 2, "shared": False, "B": 1}),
+        (None, {"H": 17, "G": 1, "B": 1, "S": 9}),
+        (2, {"H": 40, "G": 2, "B": 1, "S": 9, "shared": False}),
+        (4, {"H": 12, "G": 1, "P": 128, "B": 1, "S": 9, "state": True}),
+        (None, {"N": 64, "G": 4}),
+        (8, {"H": 2, "S": 33, "state": True}),
+    ],
+    ids=str,
+)
+def test_mamba3_shapes(R, shape):
+    """Angles a head, no gate, two units a head, groups shared by several blocks, rank 8."""
+    mamba3(mamba3_inputs(R=R, **shape))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"S": 1},
+        {"S": 131, "D": "H P", "state": True},
+        {"D": None, "gate": False},
+        {"softplus": False},
+        {"P": 128, "H": 2, "D": "H P"},
+        {"H": 40, "B": 1, "S": 9},
+        {**PACKED},
+        {"state": True, **PACKED},
+    ],
+    ids=str,
+)
+def test_mamba2(shape):
+    mamba2(mamba2_inputs(**shape))
+
+
+@pytest.mark.parametrize("part", [None, "y", "ssm", "k", "v", "angle"])
+def test_gradients_of_one_output(part):
+    """What isn't read gives no gradient to the operator, not a zero one."""
+
+    def alone(scan):
+        def run(**made):
+            y, state = scan(**made)
+            return y if part in (None, "y") else getattr(state, part)
+
+        return run
+
+    made = mamba3_inputs(R=2, S=20, state=part is not None)
+    assert_equal(alone(mamba3_cuda.mamba3_scan), alone(mamba3_reference.mamba3_scan), made)
+
+
+def test_long_softplus():
+    """Mamba-2's step where exp overflows, and where 1 + exp(t) is 1."""
+    made = mamba2_inputs(S=64)
+    with torch.no_grad():
+        made["dt"][:, ::7] = -60
+        made["dt"][:, 3::7] = 60
+        made["A"] /= 100
+    mamba2(made)
+
+
+@pytest.mark.parametrize("R, dtype", [(None, torch.float16), (4, torch.bfloat16)])
+def test_low_precision(R, dtype):
+    """16-bit x, B, C, z beside fp32, dt in yet another dtype: results and gradients have their arguments' dtypes."""
+    made = mamba3_inputs(R=R, S=70, B=1, state=True)
+    narrow = ("x", "B", "C", "z", "dt")
+
+    def rounded(name, t):
+        return t.detach().to(dtype if name in narrow else torch.float32).requires_grad_()
+
+    made = {
+        name: type(value)(*(rounded(name, t) for t in value)) if hasattr(value, "_fields")
+        else tuple(rounded(name, t) for t in value) if isinstance(value, tuple)
+        else rounded(name, value)
+        for name, value in made.items()
+    }  # fmt: skip
+    same_dtype = partial(mamba3_reference.mamba3_scan, compute_dtype=dtype)
+    agree(mamba3_cuda.mamba3_scan, mamba3_reference.mamba3_scan, made, same_dtype=same_dtype)
+    y, final = mamba3_cuda.mamba3_scan(**made)
+    assert y.dtype == dtype and {t.dtype for t in final} == {torch.float32}
+    y.float().sum().backward()
+    for t in flatten(list(made.values())):
+        assert t.grad is None or t.grad.dtype == t.dtype
+
+
+def strided(t):
+    """The same values a few elements into wider rows, the first two dimensions swapped in memory."""
+    wide = t.new_zeros(*t.shape[1::-1], *t.shape[2:-1], t.shape[-1] + 5)
+    wide[..., 3 : 3 + t.shape[-1]] = t.transpose(0, 1)
+    return wide.transpose(0, 1)[..., 3 : 3 + t.shape[-1]]
+
+
+@pytest.mark.parametrize("R", [None, 4])
+def test_any_strides(R):
+    """Rows that don't begin on 16 bytes are copied; the gradient of each is the same as of a contiguous one."""
+
+    def scan(**made):
+        names = [name for name, t in made.items() if isinstance(t, torch.Tensor) and t.ndim > 2 and "bias" not in name]
+        return mamba3_cuda.mamba3_scan(**made | {name: strided(made[name]) for name in names})
+
+    assert_equal(scan, mamba3_reference.mamba3_scan, mamba3_inputs(R=R, S=40, shared=R is None))
+
+
+def test_a_projection_is_not_copied():
+    """Views of one projection's rows on 16 bytes go to the kernels as they lie."""
+    whole = torch.randn(2, 20, 256, dtype=torch.bfloat16)
+    x, B = whole[..., :128].unflatten(-1, (4, 32)), whole[..., 128:].unflatten(-1, (1, 4, 32))
+    assert cuda.dense(x) is x and cuda.dense(B) is B
+    assert cuda.dense(x[..., 1:]) is not x and cuda.dense(x.mT).stride(-1) == 1
+    assert cuda.gradient_like(B).stride(-1) == 1 and cuda.gradient_like(B.mT).stride(-1) == 1
+
+
+@pytest.mark.parametrize("B, S", [(2, 0), (0, 5)])
+@pytest.mark.parametrize("R", [None, 2])
+def test_no_tokens(B, S, R):
+    made = mamba3_inputs(B=B, S=S, R=R, state=True)
+    y, final = mamba3_cuda.mamba3_scan(**made)
+    assert y.shape == (B, S, 4, 32)
+    assert all(map(torch.equal, final, made["initial_state"]))
+    (y.sum() + sum(t.sum() for t in final)).backward()
+    assert all((t.grad == 1).all() for t in made["initial_state"])
+    assert mamba3_cuda.mamba3_scan(**mamba3_inputs(B=1, S=0, ends=[0]))[1].ssm.shape == (0, 4, 32, 32)
+    y, final = mamba2_cuda.mamba2_scan(**(made := mamba2_inputs(B=B, S=S, state=True)))
+    assert torch.equal(final, made["initial_state"])
+    assert not mamba2_cuda.mamba2_scan(**mamba2_inputs(B=1, S=0, ends=[0, 0]))[1].any()
+
+
+def test_without_gradients_nothing_is_saved():
+    seen = []
+
+    def recorded(kernels, sizes, fields):
+        seen.append(fields)
+        ssd_emulation.launch(kernels, sizes, fields)
+
+    made = mamba3_inputs(S=20)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(cuda, "launch", recorded)
+        mamba3_cuda.mamba3_scan(**made)
+    (fields,) = seen
+    assert (fields["save"], fields["saved"], fields["bases"]) == (0, None, None)
+
+
+@pytest.mark.parametrize("ends, H", [(None, 17), ([0, 0, 7, 20], 2)])
+def test_registered(ends, H, monkeypatch):
+    """What torch.compile is told of shapes, dtypes, strides and gradients is so."""
+    outputs = cuda._outputs
+    monkeypatch.setattr(cuda, "_outputs", lambda *given: tuple(t.zero_() for t in outputs(*given)))  # NaN equals no NaN
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_static")
+    made = mamba3_inputs(B=1 if ends else 2, S=20, H=H, G=1, R=2, state=True, ends=ends)
+    state, mimo, bounds = made.pop("initial_state"), made.pop("mimo"), made.pop("cu_seqlens", None)
+    x, B, C, dt, log_decay, trap, angles, B_bias, C_bias, D, z = made.values()
+    turned = (x, B, C, dt, log_decay, trap, angles, None, None, False, B_bias, C_bias, D, z, *mimo)
+    states = state.ssm, state.angle, bounds, True
+    torch.library.opcheck(torch.ops.nam56r.ssd_scan, (*turned, *states), test_utils=checks)
+    made = mamba2_inputs(B=1 if ends else 2, S=20, H=H, G=1)
+    x, dt, A, B, C, _, D, z, bias = made.values()
+    plain = (x, B.unsqueeze(2), C.unsqueeze(2), dt.transpose(1, 2), None, None, None, A, bias, True, None, None, D, z)
+    torch.library.opcheck(torch.ops.nam56r.ssd_scan, (*plain, *[None] * 5, bounds, True), test_utils=checks)
+
+
+def test_fields_are_the_kernels():
+    """Names and order of struct Arguments in csrc/ssd."""
+    text = (nvrtc.SOURCES / "ssd" / "arguments.cuh").read_text()
+    body = re.search(r"struct Arguments \{(.*?)\};", text, re.DOTALL)[1]
+    declared = re.findall(r"(?:void|long long) ([^;]+);", body)
+    assert cuda.FIELDS == tuple(name.strip(" *") for line in declared for name in line.split(","))
+
+
+@pytest.mark.parametrize("ends", [None, [0, 0, 7, 20]])
+def test_traced(ends):
+    """One graph, whose results and gradients are eager's."""
+    torch._dynamo.reset()
+    made = mamba3_inputs(B=1 if ends else 2, S=20, H=2, G=1, R=2, state=True, ends=ends)
+    traced = torch.compile(mamba3_cuda.mamba3_scan, fullgraph=True, backend="aot_eager")
+    assert_equal(traced, mamba3_cuda.mamba3_scan, made)
+    torch._dynamo.reset()
+    made = mamba2_inputs(B=1 if ends else 2, S=20, H=2, G=1, ends=ends)
+    traced = torch.compile(mamba2_cuda.mamba2_scan, fullgraph=True, backend="aot_eager")
+    assert_equal(traced, mamba2_cuda.mamba2_scan, made)
+
+
+def test_recomputed():
+    """Under activation recompute, and with what is saved packed away and read once."""
+    reads = []
+
+    def checkpointed(**made):
+        inside = lambda *leaves: mamba3_cuda.mamba3_scan(**dict(zip(made, leaves)))  # noqa: E731
+        return torch.utils.checkpoint.checkpoint(inside, *made.values(), use_reentrant=False)
+
+    def packed_away(**made):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: reads.append(t.data_ptr()) or t):
+            return mamba3_cuda.mamba3_scan(**made)
+
+    made = mamba3_inputs(S=20, H=2, G=1, R=2)
+    assert_equal(checkpointed, mamba3_cuda.mamba3_scan, made)
+    assert_equal(packed_away, mamba3_cuda.mamba3_scan, made)
+    assert len(reads) == len(set(reads)) > 15
+
+
+SHAPE = Shape(torch.bfloat16, 2, 4, 64, 128)
+
+
+def test_launched(monkeypatch):
+    """What the extension's launcher gets: addresses and numbers by FIELDS, and each kernel's grid."""
+    launched = []
+    loaded = {("forward",): (Code(5, 128, 1000),), ("query", "carry", "key"): tuple(Code(n, 256, n) for n in (6, 7, 8))}
+    monkeypatch.setattr(cuda, "code", lambda kernels, shape, capability: loaded[kernels])
+    monkeypatch.setattr(torch.ops.nam56r, "ssd_launch", lambda *given: launched.append(given), raising=False)
+    x, B = torch.zeros(2, 70, 34, 128, dtype=torch.bfloat16), torch.zeros(2, 70, 4, 2, 64, dtype=torch.bfloat16)
+    sizes = sizes_of(2, x, B, torch.zeros(2, 70, 1, 16), None)
+    fields = {"x": x, "D": x[1:], "saved": None, "S": 70, "a_h": 3}
+    for kernels in loaded:
+        launch(kernels, sizes, fields)
+    units, blocks = (68, 2), (2 * 17, 2 * 2)  # 17 heads of 2 units: 2 at a time
+    assert [given[1:6] for given in launched] == [
+        (5, *units, 128, 1000), (6, *blocks, 256, 6), (7, *units, 256, 7), (8, *blocks, 256, 8),
+    ]  # fmt: skip
+    for on, *_, numbers in launched:
+        assert on is x and len(numbers) == len(cuda.FIELDS)
+        given = {name: number for name, number in zip(cuda.FIELDS, numbers) if number}
+        assert given == {"x": x.data_ptr(), "D": x[1:].data_ptr(), "S": 70, "a_h": 3}
+
+
+def test_compiled_at_run_time(monkeypatch):
+    """A pass that isn't built ahead is one unit of its kernels, whose handles come in their order."""
+    asked = []
+
+    def compiled(family, header, names, arch):
+        asked.append((family, header, arch, names))
+        return SimpleNamespace(names={name: f"symbol of {name}" for name in names}), b"content"
+
+    monkeypatch.setattr(code, "built", lambda *given: False)
+    monkeypatch.setattr(code, "shared_bytes", lambda kernel, shape: len(kernel))
+    monkeypatch.setattr(nvrtc, "compile", compiled)
+    monkeypatch.setattr(nvrtc, "arch_of", lambda capability: "sm_80")
+    load = lambda content, names: [names.index(name) + 10 for name in names]  # noqa: E731
+    monkeypatch.setattr(torch.ops.nam56r, "ssd_load", load, raising=False)
+    assert code.code.__wrapped__(code.PASSES[1], SHAPE, (8, 0)) == (
+        Code(10, 128, 5),
+        Code(11, 128, 5),
+        Code(12, 128, 3),
+    )
+    arguments = "<nam56r::ssd::BFloat16, 2, 4, 64, 128>"
+    names = [f"nam56r::ssd::{kernel}{arguments}" for kernel in ("query", "carry", "key")]
+    assert asked == [("ssd", "kernels.cuh", "sm_80", names)]
+    of_rank_8 = code.code.__wrapped__(code.PASSES[1], SHAPE._replace(rank=8), (8, 0))
+    assert [one.threads for one in of_rank_8] == [256, 128, 256]
+    assert code.name_of("carry", SHAPE) == "carry<bf16,2,4,64,128>"
+
+
+@given(
+    st.integers(1, 3), st.integers(0, 700), st.sampled_from([1, 2, 4, 8]), st.sampled_from([0, 1, 2]),
+    st.integers(1, 6), st.integers(1, 40), st.sampled_from([32, 64, 128]), st.lists(st.integers(0, 700), max_size=5),
+)  # fmt: skip
+def test_sizes(batch, length, rank, model, groups, heads_per_group, headdim, bounds):
+    """Units divide a group's; spans have numbers of their own, of which a sequence's follow one another."""
+    heads = groups * heads_per_group
+    B = torch.empty(batch, length, rank, groups, 32, device="meta")
+    sizes = sizes_of(model, torch.empty(batch, length, heads, headdim, device="meta"), B, None, None)
+    assert sizes.units * sizes.splits * groups == sizes.all_units == heads * max(1, headdim // 64)
+    assert sizes.units <= 16 and sizes.span % sizes.chunk == 0
+    assert sizes.total == batch * sizes.spans and sizes.spans * sizes.span >= length > (sizes.spans - 1) * sizes.span
+    ends = torch.tensor(sorted({*bounds, 0} | {length}))
+    ends = ends[ends <= length]
+    packed = sizes_of(model, torch.empty(1, length, heads, headdim, device="meta"), B[:1], None, ends)
+    first = ends // packed.span + torch.arange(len(ends))
+    taken = -(-ends.diff() // packed.span)
+    assert first[-1] == packed.total and ((first[:-1] + taken) <= first[1:]).all()
+
+
+def test_spans_fit_a_grid():
+    long = [torch.empty(1, 10_000_000, 1, size, device="meta") for size in (32, 1)]
+    sizes = sizes_of(2, long[0], long[1].expand(-1, -1, 4, -1)[..., None, :].expand(-1, -1, -1, -1, 32), None, None)
+    assert sizes.total <= 65535 < 2 * sizes.total and sizes.span == 256
+    with pytest.raises(ValueError, match="there are 40000 sequences, but the CUDA scan takes at most 32767"):
+        sizes_of(0, torch.empty(40_000, 1, 1, 32, device="meta"), torch.empty(40_000, 1, 1, 1, 32), None, None)
+
+
+def asked(operator="mamba3_scan", dtype=torch.bfloat16, device="h200", R=4, P=64, N=128, N_a=None):
+    shapes = {"x": (2, 9, 16, P), "B": (2, 9, R, 8, N), "angles": (2, 9, 1, N // 4 if N_a is None else N_a)}
+    if operator == "mamba2_scan":
+        shapes = {"x": (2, 9, 16, P), "B": (2, 9, 8, N)}
+    specs = {name: Spec(shape, dtype) for name, shape in shapes.items()}
+    if operator == "mamba3_scan":
+        specs["psi"] = Spec((16, R, P), torch.float32) if R > 1 else None
+    return Problem.of(operator, device=DEVICES[device], **specs)
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"dtype": torch.float32}, ["x is torch.float32, but the CUDA kernel takes bfloat16 or float16"]),
+        ({"R": 3}, ["R = 3, but the CUDA kernel takes 1, 2, 4, 8"]),
+        ({"P": 48}, ["P = 48, but the CUDA kernel takes 32, 64, 128"]),
+        ({"N": 100}, ["N = 100, but the CUDA kernel takes 32, 64, 128, 256"]),
+        ({"N_a": 16}, ["N_a = 16 with N = 128, but the CUDA kernel takes N_a = N / 4"]),
+        ({"R": 3, "P": 8, "dtype": torch.float64}, ["x is torch.float64", "R = 3", "P = 8"]),
+        ({"operator": "mamba2_scan", "P": 16, "N": 24}, ["P = 16", "N = 24"]),
+        ({"device": "cpu"}, ["a CUDA kernel, but the device is cpu"]),
+    ],
+    ids=str,
+)
+def test_refused(change, why, monkeypatch):
+    """Every reason at once."""
+    monkeypatch.setattr(extension, "load", lambda: None)
+    monkeypatch.setattr(code, "REGISTERED", True)
+    problem = asked(**change)
+    reasons = candidates(problem.operator)[0].refuses(problem)
+    assert len(reasons) == len(why) and all(map(str.startswith, reasons, why))
+
+
+def test_refused_without_the_extension(monkeypatch):
+    refuses = candidates("mamba2_scan")[0].refuses
+    monkeypatch.setattr(code, "REGISTERED", False)
+    monkeypatch.setattr(extension, "load", lambda: None)
+    (why,) = refuses(asked("mamba2_scan"))
+    assert why == "CUDA extension built from older sources, without the Mamba scan: install the package again"
+    monkeypatch.setattr(extension, "load", lambda: "not built: no nvcc")
+    assert refuses(asked("mamba2_scan")) == ("CUDA extension not built: no nvcc",)
+
+
+def test_refused_by_the_device(monkeypatch):
+    monkeypatch.setattr(extension, "load", lambda: None)
+    monkeypatch.setattr(code, "REGISTERED", True)
+    monkeypatch.setattr(code, "built", lambda *given: False)
+    monkeypatch.setattr(nvrtc, "missing", lambda: None)
+    monkeypatch.setattr(nvrtc, "arch_of", lambda capability: "sm_90a")
+    monkeypatch.setattr(code, "shared_bytes", lambda kernel, shape: 200_000 if kernel == "key" else 100_000)
+    refuses = candidates("mamba3_scan")[0].refuses
+    assert refuses(asked()) == ()
+    assert refuses(asked(device="a100")) == ("R = 4, P = 64, N = 128 takes more shared memory than a100 has (key)",)
+    monkeypatch.setattr(nvrtc, "missing", lambda: "CuPy is not installed: pip install nam56r[nvrtc]")
+    assert refuses(asked()) == ("CuPy is not installed: pip install nam56r[nvrtc]",)
+    monkeypatch.setattr(code, "built", lambda *given: True)
+    assert refuses(asked()) == ()
+    old = Device("t4", "cuda", (7, 5))
+    monkeypatch.setitem(DEVICES, "t4", old)
+    assert refuses(asked(device="t4")) == ("t4 is sm_75, but it takes sm_80 or later",)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_choice_is_traced(ahead, monkeypatch):
+    """In one graph: built ahead, or to be compiled."""
+    monkeypatch.setattr(extension, "load", lambda: None)
+    monkeypatch.setattr(code, "REGISTERED", True)
+    monkeypatch.setattr(code, "built", lambda *given: ahead)
+    monkeypatch.setattr(code, "shared_bytes", lambda kernel, shape: 100_000)
+    torch._dynamo.reset()
+    select.cache_clear()
+    problem = asked()
+    chosen = torch.compile(lambda x: x + (select(problem).name == "cuda"), fullgraph=True, backend="eager")
+    assert chosen(torch.zeros(1)).item() == 1
+    select.cache_clear()
