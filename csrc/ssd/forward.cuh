@@ -1,13 +1,12 @@
-// The forward scan: y and the final state, one block of 4 warps a sequence and unit (head, or 64 columns of one).
+// The forward scan: y and the final state, one block (a warpgroup) a sequence and unit (head, or 64 columns of one).
 //
 // With L_t the log decay summed since the chunk's start, and mix_ts = e^(L_t - L_s) w_s for s < t, own_t for s = t:
-//   scores = q k^T   y = (mix * scores) v + e^L (q S^T) + D v   S <- e^(L_end) S + (e^(L_end - L) w v)^T k
-// Rows: a warp takes a block of 16 rows for q k^T; its result goes to the others through shared memory, rounded.
-// Columns: for everything else a warp takes 16 of the P columns, so that its part of the state, [16, N] in fp32, stays in
-//   its registers and is, rounded, the B operand of q S^T as it lies there.
-// Shared memory: q, k, x, z twice (the next chunk's are copied and turned during this one), the scores, the angles.
-// Bound: for MIMO, issue slots: a chunk is 224 mma a warp, and turning, gates and operand loads are six times as many
-//   instructions. Two barriers a chunk.
+//   scores = q k^T   y^T = v^T (mix * scores)^T + e^L (S q^T) + D v^T   S <- e^(L_end) S + (e^(L_end - L) w v)^T k
+// All four are wgmma. y is made transposed, [P, rows], so that S [P, N], which stays in registers in fp32, is, rounded,
+// the A operand of S q^T as it lies there, and so that a thread has all ranks of its tokens: the sum over ranks is its own.
+// Shared memory: q and k, twice where two blocks then still fit an SM (the next chunk's are copied during this one and
+//   turned behind it); x, z, which y leaves through; the scores; the angles.
+// Bound: issue slots; turning, gates and decays are most instructions. Two barriers a chunk.
 #pragma once
 
 #include "ssd/tiles.cuh"
@@ -18,76 +17,62 @@ template <class Sh>
 struct ForwardShared {
   struct Stage {
     Tile<Sh::ROWS, Sh::N> q, k;
-    Tile<Sh::CT, Sh::P> x, z;
-    Decays<Sh> decays;
   };
-  static constexpr int kStages = sizeof(Stage) <= 80 * 1024 ? 2 : 1;
+  static constexpr int kStages = sizeof(Stage) <= 64 * 1024 ? 2 : 1;
   Stage stage[kStages];
   Tile<Sh::ROWS, Sh::ROWS> scores;
+  Tile<Sh::CT, P> x, z;
+  Decays<Sh> decays[kStages];
   Turns<Sh> turns;
   Biases<Sh> biases;
-  float skip[Sh::R][Sh::P], zeta[Sh::kRanks ? Sh::R : 1][Sh::P], phi[Sh::kRanks ? Sh::R : 1][Sh::P];  // skip = D psi
+  Parameters<Sh> parameters;
 };
 
-template <typename T, int MODEL, int R, int P, int N>
-__global__ void __launch_bounds__(128, 2) forward(const __grid_constant__ Arguments a) {
-  using Sh = Shape<T, MODEL, R, P, N>;
+template <typename T, int MODEL, int R, int N>
+__global__ void __launch_bounds__(128, N > 128 || R > 4 ? 1 : 2) forward(const __grid_constant__ Arguments a) {
+  using Sh = Shape<T, MODEL, R, N>;
   using Two = Pair<T>;
-  constexpr int CT = Sh::CT, TB = Sh::TB, NB = Sh::NB, NA = Sh::NA, THREADS = 128;
-  extern __shared__ char bytes[];
+  constexpr int CT = Sh::CT, TB = Sh::TB, NB = Sh::NB, NA = Sh::NA, ROWS = Sh::ROWS, THREADS = 128;
+  extern __shared__ __align__(1024) char bytes[];
   auto& s = *reinterpret_cast<ForwardShared<Sh>*>(bytes);
   constexpr int kStages = ForwardShared<Sh>::kStages;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, col = lane % 4 * 2;
-  const int H = int(a.H), blocks = gridDim.x / H, h = blockIdx.x / blocks, p_first = blockIdx.x % blocks * P, g = h / int(a.heads_per_group);
-  const int all_p = P * blocks, every = int(a.every);
+  const int H = int(a.H), all_p = int(a.P), every = int(a.every), blocks = gridDim.x / H;
+  const int h = blockIdx.x / blocks, p_first = blockIdx.x % blocks * P, width = min(P, all_p), g = h / int(a.heads_per_group);
   const Sequence seq = sequence(a, blockIdx.y);
   const int chunks = (seq.length + CT - 1) / CT;
-  const long long unit = (long long)blockIdx.y * a.H + h, tokens = h * a.tokens + seq.token;
+  const long long unit = (long long)blockIdx.y * H + h, tokens = h * a.tokens + seq.token;
   const T* x = at<const T>(a.x) + seq.row * a.x_b + seq.first * a.x_s + h * a.x_h + p_first;
   const T* z = at<const T>(a.z) + seq.row * a.z_b + seq.first * a.z_s + h * a.z_h + p_first;
   const T* B = at<const T>(a.B) + seq.row * a.B_b + seq.first * a.B_s + g * a.B_g;
   const T* C = at<const T>(a.C) + seq.row * a.C_b + seq.first * a.C_s + g * a.C_g;
   const float* angles = at<const float>(a.angles) + seq.row * a.a_b + seq.first * a.a_s + h * a.a_h;
   const float* steps = at<const float>(a.DT) + tokens;
-  T* y = at<T>(a.y) + ((seq.row * a.S + seq.first) * a.H + h) * all_p + p_first;
+  T* y = at<T>(a.y) + ((seq.row * a.S + seq.first) * H + h) * all_p + p_first;
   const int y_s = H * all_p;
   const long long span = first_span(a, blockIdx.y);
+  const bool gated = a.z;
 
-  for (int i = threadIdx.x; i < R * P; i += THREADS) {
-    const int r = i / P, p = i % P, from = (h * R + r) * all_p + p_first + p;
-    const float d = a.D ? at<const float>(a.D)[h * a.d_h + (p_first + p) * a.d_p] : 0.f;
-    s.skip[r][p] = Sh::kRanks ? d * at<const float>(a.psi)[from] : d;
-    if (Sh::kRanks) s.zeta[r][p] = a.z ? at<const float>(a.zeta)[from] : 0.f, s.phi[r][p] = at<const float>(a.phi)[from];
-  }
-
-  const int p0 = warp * 16;
-  const bool active = p0 < P;
-  float psi[R][2];
-#pragma unroll
-  for (int r = 0; r < R; ++r)
-    for (int e = 0; e < 2; ++e)
-      psi[r][e] = Sh::kRanks && active ? at<const float>(a.psi)[(h * R + r) * all_p + p_first + p0 + row + 8 * e] : 1.f;
-
+  // the thread's columns of P: p[0] and p[1]
+  const int p0 = warp * 16, p[2] = {p0 + row, p0 + row + 8};
+  const long long state = (unit * all_p + p_first + p[0]) * N + col;
   float S[N / 8][4] = {};
-  const long long state = (unit * all_p + p_first + p0 + row) * N + col;
-  if (a.state && active)
+  if (a.state)
 #pragma unroll
     for (int j = 0; j < N / 8; ++j)
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float2 v = *reinterpret_cast<const float2*>(at<const float>(a.state) + state + 8 * e * N + 8 * j);
-        S[j][2 * e] = v.x, S[j][2 * e + 1] = v.y;
-      }
+      for (int e = 0; e < 2; ++e)
+        if (p[e] < width) {
+          const float2 v = *reinterpret_cast<const float2*>(at<const float>(a.state) + state + 8 * e * N + 8 * j);
+          S[j][2 * e] = v.x, S[j][2 * e + 1] = v.y;
+        }
 
   const auto copy = [&](int chunk) {
-    auto& to = s.stage[chunk % kStages];
     const int t = chunk * CT, live = seq.length - t;
-    copy_rows<Sh, 4>(to.q, C + t * a.C_s, int(a.C_s), int(a.C_r), live);
-    copy_rows<Sh, 4>(to.k, B + t * a.B_s, int(a.B_s), int(a.B_r), live);
-    copy_tokens<Sh, THREADS>(to.x, x + t * a.x_s, int(a.x_s), live);
-    if (a.z) copy_tokens<Sh, THREADS>(to.z, z + t * a.z_s, int(a.z_s), live);
-    copy_decays<Sh>(to.decays, a, tokens + t, live);
+    copy_rows<Sh, 4>(s.stage[chunk % kStages].q, C + t * a.C_s, int(a.C_s), int(a.C_r), live);
+    copy_rows<Sh, 4>(s.stage[chunk % kStages].k, B + t * a.B_s, int(a.B_s), int(a.B_r), live);
+    copy_decays<Sh>(s.decays[chunk % kStages], a, tokens + t, live);
     commit();
   };
   Angles<Sh> angle;
@@ -100,183 +85,188 @@ __global__ void __launch_bounds__(128, 2) forward(const __grid_constant__ Argume
     base = fraction(base + angle.turn(s.turns, base));
   };
   const auto load_angles = [&](int chunk) {
-    if (Sh::kTurns) angle.load(angles + chunk * CT * a.a_s, int(a.a_s), steps + chunk * CT, seq.length - chunk * CT);
+    if (Sh::kTurns)
+      angle.load(angles + chunk * CT * a.a_s, int(a.a_s), steps + chunk * CT, seq.length - chunk * CT);
   };
   const auto turn = [&](int chunk) {
     auto& to = s.stage[chunk % kStages];
     turn_rows<Sh, 4>(to.q, &to.k, s.biases, s.turns);
+    publish();
   };
 
   if (chunks) {
     copy_biases<Sh, THREADS>(s.biases, a, h);
+    copy_parameters<Sh, THREADS>(s.parameters, a, h, p_first, width);
     copy(0);
     if (Sh::kTurns) load_angles(0), turns(0);
     wait_copies();
     __syncthreads();
     turn(0);
   }
+  float psi[R][2], zeta[R][2], phi[R][2], skip[2];
   for (int chunk = 0; chunk < chunks; ++chunk) {
-    auto& in = s.stage[chunk % kStages];
+    const auto& in = s.stage[chunk % kStages];
+    const auto& decays = s.decays[chunk % kStages];
     const bool more = chunk + 1 < chunks;
-    __syncthreads();  // q, k of this chunk are turned, the other stage and the angles are free
+    __syncthreads();  // q, k of this chunk are turned; the other stage, x, z and the angles are free
+    copy_tokens<Sh, THREADS>(s.x, x + chunk * CT * a.x_s, int(a.x_s), seq.length - chunk * CT, width);
+    if (gated) copy_tokens<Sh, THREADS>(s.z, z + chunk * CT * a.z_s, int(a.z_s), seq.length - chunk * CT, width);
+    commit();
     if (kStages == 2 && more) copy(chunk + 1);
     if (more) load_angles(chunk + 1);
+    if (chunk == 0) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        skip[e] = s.parameters.skip[p[e]];
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          psi[r][e] = Sh::kRanks ? s.parameters.psi[r][p[e]] : 1.f;
+          zeta[r][e] = Sh::kRanks ? s.parameters.zeta[r][p[e]] : 1.f;
+          phi[r][e] = Sh::kRanks ? s.parameters.phi[r][p[e]] : 1.f;
+        }
+      }
+    }
 
-    // scores, by rows
+    // scores, by rows; S q^T by columns
+    float out[ROWS / 8][4];
+    unsigned st[N / 16][4];
 #pragma unroll
-    for (int b = warp; b < NB; b += 4) {
-      const int tb = b % TB;
-      unsigned q[N / 16][4];
+    for (int k = 0; k < N / 16; ++k)
 #pragma unroll
-      for (int k = 0; k < N / 16; ++k) in.q.a(q[k], b * 16, k * 16);
-      const float l[2] = {in.decays.L[tb * 16 + row], in.decays.L[tb * 16 + row + 8]};
+      for (int e = 0; e < 4; ++e) {
+        const float* from = &S[2 * k + e / 2][e % 2 * 2];
+        st[k][e] = Two::pack(from[0], from[1]);
+      }
+#pragma unroll
+    for (int half = 0; half < NB / 4; ++half) {
+      float m[ROWS / 8][4];
+      start();
+      if (half == 0)
+#pragma unroll
+        for (int k = 0; k < N / 16; ++k) k ? Product<T, ROWS>::template held<kAcross>(out, st[k], in.q.descriptor(0, k * 16))
+            : Product<T, ROWS>::template held<kAcross, 0>(out, st[k], in.q.descriptor(0, 0));
+#pragma unroll
+      for (int k = 0; k < N / 16; ++k)
+        k ? Product<T, ROWS>::template shared<kAcross>(m, in.q.descriptor(half * 64, k * 16), in.k.descriptor(0, k * 16))
+          : Product<T, ROWS>::template shared<kAcross, 0>(m, in.q.descriptor(half * 64, 0), in.k.descriptor(0, 0));
+      finish();
+      const int b = half * 4 + warp, tb = b % TB;
+      const float l[2] = {decays.L[tb * 16 + row], decays.L[tb * 16 + row + 8]};
 #pragma unroll
       for (int tc = 0; tc < TB; ++tc) {
-        if (tc > tb) continue;
-        float mix[2][4];
+        float mix[2][4] = {};
+        if (tc <= tb)
 #pragma unroll
-        for (int n = 0; n < 2; ++n)
+          for (int n = 0; n < 2; ++n)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int c = n * 8 + col + e % 2, d = row + e / 2 * 8 + (tb - tc) * 16 - c, from = tc * 16 + c;
-            const float below = exp_(l[e / 2] - in.decays.L[from]) * in.decays.w[from];
-            mix[n][e] = d > 0 ? below : d == 0 ? own_weight(in.decays, from) : 0.f;
-          }
-        float m[R][2][4] = {};
-#pragma unroll
-        for (int k = 0; k < N / 16; ++k)
-#pragma unroll
-          for (int r = 0; r < R; ++r) {
-            unsigned kt[4];
-            in.k.b(kt, (r * TB + tc) * 16, k * 16);
-            Two::mma(m[r][0], q[k], kt[0], kt[1]);
-            Two::mma(m[r][1], q[k], kt[2], kt[3]);
-          }
+            for (int e = 0; e < 4; ++e) {
+              const int c = n * 8 + col + e % 2, d = row + e / 2 * 8 + (tb - tc) * 16 - c, from = tc * 16 + c;
+              const float below = exp_(l[e / 2] - decays.L[from]) * decays.w[from];
+              mix[n][e] = d > 0 ? below : d == 0 ? own_weight(decays, from) : 0.f;
+            }
 #pragma unroll
         for (int r = 0; r < R; ++r)
 #pragma unroll
           for (int n = 0; n < 2; ++n)
 #pragma unroll
-            for (int e = 0; e < 2; ++e)
+            for (int e = 0; e < 2; ++e) {
+              const float(&x)[4] = m[(r * TB + tc) * 2 + n];
               s.scores.put(b * 16 + row + 8 * e, (r * TB + tc) * 16 + n * 8 + col,
-                           Two::pack(m[r][n][2 * e] * mix[n][2 * e], m[r][n][2 * e + 1] * mix[n][2 * e + 1]));
+                           Two::pack(x[2 * e] * mix[n][2 * e], x[2 * e + 1] * mix[n][2 * e + 1]));
+            }
       }
     }
-
-    // q S^T, by columns
-    float out[NB][2][4] = {};
-    if (active) {
-      if (a.save && chunk % every == 0) {
-        T* to = at<T>(a.saved) + (((span + chunk / every) * H + h) * all_p + p_first + p0 + row) * N + col;
-#pragma unroll
-        for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-          for (int e = 0; e < 2; ++e)
-            *reinterpret_cast<unsigned*>(to + 8 * e * N + 8 * j) = Two::pack(S[j][2 * e], S[j][2 * e + 1]);
-      }
-#pragma unroll
-      for (int k = 0; k < N / 16; ++k) {
-        unsigned st[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float* from = &S[2 * k + e % 2][e / 2 * 2];
-          st[e] = Two::pack(from[0], from[1]);
-        }
-#pragma unroll
-        for (int b = 0; b < NB; ++b) {
-          unsigned q[4];
-          in.q.a(q, b * 16, k * 16);
-          Two::mma(out[b][0], q, st[0], st[1]);
-          Two::mma(out[b][1], q, st[2], st[3]);
-        }
-      }
-#pragma unroll
-      for (int tb = 0; tb < TB; ++tb) {
-        const float grow[2] = {exp_(in.decays.L[tb * 16 + row]), exp_(in.decays.L[tb * 16 + row + 8])};
-#pragma unroll
-        for (int r = 0; r < R; ++r)
-#pragma unroll
-          for (int e = 0; e < 8; ++e) out[r * TB + tb][e / 4][e % 4] *= grow[e % 4 / 2];
-      }
-    }
-    if (more && Sh::kTurns) turns(chunk + 1);
-    __syncthreads();  // scores, the next chunk's angles
-
-    if (active) {
-      // v [rows, 16 columns] as a B operand, and weighed for the state as an A operand, which is the same registers
-      unsigned v[NB][4], weighed[NB][4];
-      const float end = in.decays.L[CT - 1];
-#pragma unroll
-      for (int tb = 0; tb < TB; ++tb) {
-        unsigned xt[4];
-        in.x.b_t(xt, tb * 16, p0);
-        float w[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int t = tb * 16 + col + e % 2 + e / 2 * 8;
-          w[e] = exp_(end - in.decays.L[t]) * in.decays.w[t];
-        }
-#pragma unroll
-        for (int r = 0; r < R; ++r)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {  // e: columns e / 2 * 8, tokens e % 2 * 8
-            float2 f = Two::unpack(xt[e]);
-            if (Sh::kRanks) f.x *= psi[r][e / 2], f.y *= psi[r][e / 2];
-            v[r * TB + tb][e] = Sh::kRanks ? Two::pack(f.x, f.y) : xt[e];
-            weighed[r * TB + tb][e / 2 + e % 2 * 2] = Two::pack(f.x * w[e % 2 * 2], f.y * w[e % 2 * 2 + 1]);
-          }
-      }
-#pragma unroll
-      for (int c = 0; c < NB; ++c)
-#pragma unroll
-        for (int b = 0; b < NB; ++b) {
-          if (c % TB > b % TB) continue;
-          unsigned m[4];
-          s.scores.a(m, b * 16, c * 16);
-          Two::mma(out[b][0], m, v[c][0], v[c][1]);
-          Two::mma(out[b][1], m, v[c][2], v[c][3]);
-        }
-      const float decay = exp_(end);
+    if (a.save && chunk % every == 0) {
+      T* to = at<T>(a.saved) + (((span + chunk / every) * H + h) * all_p + p_first + p[0]) * N + col;
 #pragma unroll
       for (int j = 0; j < N / 8; ++j)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) S[j][e] *= decay;
+        for (int e = 0; e < 2; ++e)
+          if (p[e] < width) *reinterpret_cast<unsigned*>(to + 8 * e * N + 8 * j) = st[j / 2][j % 2 * 2 + e];
+    }
 #pragma unroll
-      for (int c = 0; c < NB; ++c)
+    for (int tb = 0; tb < TB; ++tb) {
+      float grow[4];
 #pragma unroll
-        for (int j = 0; j < N / 16; ++j) {
-          unsigned k[4];
-          in.k.b_t(k, c * 16, j * 16);
-          Two::mma(S[2 * j], weighed[c], k[0], k[1]);
-          Two::mma(S[2 * j + 1], weighed[c], k[2], k[3]);
+      for (int e = 0; e < 4; ++e) grow[e] = exp_(decays.L[tb * 16 + e / 2 * 8 + col + e % 2]);
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+#pragma unroll
+        for (int e = 0; e < 8; ++e) out[(r * TB + tb) * 2 + e / 4][e % 4] *= grow[e / 4 * 2 + e % 2];
+    }
+    if (more && Sh::kTurns) turns(chunk + 1);
+    publish();
+    if (kStages == 2 && more)
+      wait_copies<1>();
+    else
+      wait_copies();
+    __syncthreads();  // scores, x, z, the next chunk's angles
+
+    // v^T [16 columns of P, rows], and weighed for the state
+    unsigned v[NB][4], weighed[NB][4], xs[TB][4];
+    const float end = decays.L[CT - 1], decay = exp_(end);
+#pragma unroll
+    for (int tb = 0; tb < TB; ++tb) {
+      s.x.columns(xs[tb], tb * 16, p0);
+      float w[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int t = tb * 16 + col + e % 2 + e / 2 * 8;
+        w[e] = exp_(end - decays.L[t]) * decays.w[t];
+      }
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {  // of xs: column p[e / 2], tokens e % 2 * 8 on
+          float2 f = Two::unpack(xs[tb][e]);
+          if (Sh::kRanks) f.x *= psi[r][e / 2], f.y *= psi[r][e / 2];
+          v[r * TB + tb][e / 2 + e % 2 * 2] = Sh::kRanks ? Two::pack(f.x, f.y) : xs[tb][e];
+          weighed[r * TB + tb][e / 2 + e % 2 * 2] = Two::pack(f.x * w[e % 2 * 2], f.y * w[e % 2 * 2 + 1]);
         }
-      // gates, and the sum over ranks
+    }
 #pragma unroll
-      for (int tb = 0; tb < TB; ++tb)
+    for (int j = 0; j < N / 8; ++j)
 #pragma unroll
-        for (int n = 0; n < 2; ++n)
+      for (int e = 0; e < 4; ++e) S[j][e] *= decay;
+    start();
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int t = tb * 16 + row + 8 * e, p = p0 + n * 8 + col;
-            const float2 xs = Two::unpack(in.x.pair(t, p));
-            const float2 zs = a.z ? Two::unpack(in.z.pair(t, p)) : float2{0.f, 0.f};
-            float2 sum = {0.f, 0.f};
+    for (int c = 0; c < NB; ++c) Product<T, ROWS>::template held<kAcross>(out, v[c], s.scores.descriptor(0, c * 16));
+    constexpr int kWide = N < 64 ? N : 64;
 #pragma unroll
-            for (int r = 0; r < R; ++r) {
-              const float2 skip = *reinterpret_cast<const float2*>(&s.skip[r][p]);
-              float2 o = {out[r * TB + tb][n][2 * e] + skip.x * xs.x, out[r * TB + tb][n][2 * e + 1] + skip.y * xs.y};
-              float2 gate = zs, phi = {1.f, 1.f};
-              if constexpr (Sh::kRanks) {
-                const float2 zeta = *reinterpret_cast<const float2*>(&s.zeta[r][p]);
-                phi = *reinterpret_cast<const float2*>(&s.phi[r][p]);
-                gate.x *= zeta.x, gate.y *= zeta.y;
-              }
-              if (a.z) phi.x *= gate.x * sigmoid(gate.x), phi.y *= gate.y * sigmoid(gate.y);
-              sum.x += o.x * phi.x, sum.y += o.y * phi.y;
-            }
-            if (chunk * CT + t < seq.length)
-              *reinterpret_cast<unsigned*>(y + (long long)(chunk * CT) * y_s + t * y_s + p) = Two::pack(sum.x, sum.y);
-          }
+    for (int c = 0; c < NB; ++c)
+#pragma unroll
+      for (int n = 0; n < N; n += kWide)
+        Product<T, kWide>::template held<kAlong>(
+            reinterpret_cast<float(&)[kWide / 8][4]>(S[n / 8]), weighed[c], in.k.descriptor(c * 16, n));
+    finish();
+
+    // gates, and the sum over ranks; y leaves through x's place
+#pragma unroll
+    for (int tb = 0; tb < TB; ++tb) {
+      unsigned zs[4] = {}, ys[4];
+      if (gated) s.z.columns(zs, tb * 16, p0);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float2 xt = Two::unpack(xs[tb][e]), zt = Two::unpack(zs[e]);
+        float2 sum = {0.f, 0.f};
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          const float* o = &out[(r * TB + tb) * 2 + e % 2][e / 2 * 2];
+          const float through = skip[e / 2] * psi[r][e / 2];
+          float2 scale = {phi[r][e / 2], phi[r][e / 2]};
+          scale.x *= silu(zt.x * zeta[r][e / 2], gated), scale.y *= silu(zt.y * zeta[r][e / 2], gated);
+          sum.x += (o[0] + through * xt.x) * scale.x, sum.y += (o[1] + through * xt.y) * scale.y;
+        }
+        ys[e] = Two::pack(sum.x, sum.y);
+      }
+      s.x.put_columns(ys, tb * 16, p0);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int tb = 0; tb < TB; ++tb) {
+      const int t = tb * 16 + lane / 2, c = p0 + lane % 2 * 8;
+      if (chunk * CT + t < seq.length && c < width)
+        put16(y + (long long)(chunk * CT) * y_s + t * y_s + c, get16(s.x.unit(t, c)));
     }
     if (more) {
       if constexpr (kStages == 1) {
@@ -288,29 +278,29 @@ __global__ void __launch_bounds__(128, 2) forward(const __grid_constant__ Argume
     }
   }
 
-  if (active)
 #pragma unroll
-    for (int j = 0; j < N / 8; ++j)
+  for (int j = 0; j < N / 8; ++j)
 #pragma unroll
-      for (int e = 0; e < 2; ++e)
+    for (int e = 0; e < 2; ++e)
+      if (p[e] < width)
         *reinterpret_cast<float2*>(at<float>(a.final) + state + 8 * e * N + 8 * j) = {S[j][2 * e], S[j][2 * e + 1]};
   if (Sh::kTurns && chunks) {
     const auto& in = s.stage[(chunks - 1) % kStages];
     const int last = (seq.length - 1) % CT;
     if (p_first == 0) {
       for (int i = threadIdx.x; i < R * N; i += THREADS) {
-        const unsigned short* from = &in.k.x[(i / N * TB + last / 16) * 16 + last % 16][i % N / 2 * 2];
-        const float2 f = Two::unpack(*reinterpret_cast<const unsigned*>(from));
+        const float2 f = Two::unpack(in.k.pair((i / N * TB + last / 16) * 16 + last % 16, i % N / 2 * 2));
         at<float>(a.final_k)[unit * R * N + i] = i % 2 ? f.y : f.x;
       }
       if (Angles<Sh>::mine() && threadIdx.x % Angles<Sh>::SEG == 0)
         at<float>(a.final_angle)[unit * NA + Angles<Sh>::index()] = base * 6.283185307179586f;
     }
+    const T* x_last = x + (seq.length - 1) * a.x_s;
     for (int i = threadIdx.x; i < R * P; i += THREADS) {
-      const int r = i / P, p = i % P;
-      const float2 f = Two::unpack(in.x.pair(last, p / 2 * 2));
-      const long long to = (unit * R + r) * all_p + p_first + p;
-      at<float>(a.final_v)[to] = (p % 2 ? f.y : f.x) * (Sh::kRanks ? at<const float>(a.psi)[(h * R + r) * all_p + p_first + p] : 1.f);
+      const int r = i / P, c = i % P;
+      if (c >= width) continue;
+      const float2 f = Two::unpack(*reinterpret_cast<const unsigned*>(x_last + c / 2 * 2));
+      at<float>(a.final_v)[(unit * R + r) * all_p + p_first + c] = (c % 2 ? f.y : f.x) * (Sh::kRanks ? s.parameters.psi[r][c] : 1.f);
     }
   }
 }

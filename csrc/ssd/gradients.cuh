@@ -18,7 +18,7 @@ struct Place {
 __device__ inline Place place(const Arguments& a, int chunk_tokens) {
   Place p{};
   p.group = blockIdx.x / int(a.splits), p.split = blockIdx.x % int(a.splits);
-  p.blocks = int(a.splits * a.units / a.heads_per_group);
+  p.blocks = max(1, int(a.P) / P);
   p.span = blockIdx.y;
   p.sequence = a.cu ? at<const int>(a.sequence_of)[p.span] : int(p.span / a.spans);
   if (p.sequence >= a.sequences) return p;
@@ -49,55 +49,132 @@ __device__ inline float over_quad(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// Columns of the i-th of four blocks of 8 that are made together: MIMO's partners, N / 2 apart, are blocks 0, 2 and 1, 3.
+// The gradient of q's or k's rows is made in two halves of two pieces of N / 4 columns: `half` 0 is what is turned, for
+// MIMO with its partner in the other piece.
 template <class Sh>
-__device__ constexpr int column_of(int group, int i) {
-  return Sh::MODEL == kMimo ? group * 16 + i % 2 * 8 + i / 2 * (Sh::N / 2) : group * 32 + i * 8;
+__device__ constexpr int piece(int half, int i) {
+  return Sh::MODEL == kMimo ? half * (Sh::N / 4) + i * (Sh::N / 2) : half * (Sh::N / 2) + i * (Sh::N / 4);
 }
 
-// acc: four blocks of the gradient of a turned tile's rows [16]. Undoes the turn in acc, and leaves the angles' gradient
-// in turned[row][angle]. b: the warp's block of rows.
+// acc: both pieces of half 0 of a tile's rows, [16] a warp. Undoes the turn in acc, and leaves the angles' gradient in
+// turned[row][angle]. b: the warp's block of rows.
 template <class Sh>
-__device__ void turn_back(
-    float (&acc)[4][4], int group, int b, const Tile<Sh::ROWS, Sh::N>& tile, const Turns<Sh>& turns,
+__device__ __forceinline__ void turn_back(
+    float (&acc)[2][Sh::N / 32][4], int b, const Tile<Sh::ROWS, Sh::N>& tile, const Turns<Sh>& turns,
     float (&turned)[Sh::ROWS][Sh::NA + 4]) {
   using Two = Pair<typename Sh::T>;
+  constexpr int N = Sh::N;
   const int lane = threadIdx.x % 32, row = lane / 4, col = lane % 4 * 2;
   if constexpr (Sh::MODEL == kMimo) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int c = column_of<Sh>(group, i);
-      if (c >= Sh::N / 4) continue;
+    for (int j = 0; j < N / 32; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int r = b * 16 + row + 8 * e, t = r % Sh::CT;
-        const float2 cos = *reinterpret_cast<const float2*>(&turns.cos[t][c + col]);
-        const float2 sin = *reinterpret_cast<const float2*>(&turns.sin[t][c + col]);
-        const float2 x = Two::unpack(tile.pair(r, c + col)), y = Two::unpack(tile.pair(r, c + col + Sh::N / 2));
-        float(&u)[4] = acc[i], (&v)[4] = acc[i + 2];
-        const float2 d = {x.x * v[2 * e] - y.x * u[2 * e], x.y * v[2 * e + 1] - y.y * u[2 * e + 1]};
-        *reinterpret_cast<float2*>(&turned[r][c + col]) = d;
+        const int r = b * 16 + row + 8 * e, t = r % Sh::CT, c = j * 8 + col;
+        const float2 cos = *reinterpret_cast<const float2*>(&turns.cos[t][c]);
+        const float2 sin = *reinterpret_cast<const float2*>(&turns.sin[t][c]);
+        const float2 x = Two::unpack(tile.pair(r, c)), y = Two::unpack(tile.pair(r, c + N / 2));
+        float(&u)[4] = acc[0][j], (&v)[4] = acc[1][j];
+        *reinterpret_cast<float2*>(&turned[r][c]) = {
+            x.x * v[2 * e] - y.x * u[2 * e], x.y * v[2 * e + 1] - y.y * u[2 * e + 1]};
         const float2 back = {u[2 * e] * cos.x + v[2 * e] * sin.x, u[2 * e + 1] * cos.y + v[2 * e + 1] * sin.y};
         v[2 * e] = v[2 * e] * cos.x - u[2 * e] * sin.x, v[2 * e + 1] = v[2 * e + 1] * cos.y - u[2 * e + 1] * sin.y;
         u[2 * e] = back.x, u[2 * e + 1] = back.y;
       }
-    }
   } else if constexpr (Sh::MODEL == kSiso) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int c = column_of<Sh>(group, i);
-      if (c >= Sh::N / 2) continue;
+    for (int j = 0; j < N / 16; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int r = b * 16 + row + 8 * e, t = r % Sh::CT;
-        const float cos = turns.cos[t][(c + col) / 2], sin = turns.sin[t][(c + col) / 2];
-        const float2 x = Two::unpack(tile.pair(r, c + col));
-        float& u = acc[i][2 * e], & v = acc[i][2 * e + 1];
-        turned[r][(c + col) / 2] = x.x * v - x.y * u;
+        const int r = b * 16 + row + 8 * e, t = r % Sh::CT, c = j * 8 + col;
+        const float cos = turns.cos[t][c / 2], sin = turns.sin[t][c / 2];
+        const float2 x = Two::unpack(tile.pair(r, c));
+        float(&from)[4] = acc[j / (N / 32)][j % (N / 32)];
+        float &u = from[2 * e], &v = from[2 * e + 1];
+        turned[r][c / 2] = x.x * v - x.y * u;
         const float back = u * cos + v * sin;
         v = v * cos - u * sin, u = back;
       }
+  }
+}
+
+// Adds a half to the gradient of B or C, and leaves the sums of its columns, the bias's gradient, in bias[N].
+template <class Sh>
+__device__ __forceinline__ void add_half(
+    float (&sum)[Sh::N / 8][4], const float (&acc)[2][Sh::N / 32][4], int half, float* bias) {
+  constexpr int kBlocks = Sh::N / 16;  // of 8 columns, of both pieces
+  const int col = threadIdx.x % 4 * 2;
+  const auto column = [&](int i) { return piece<Sh>(half, i / (kBlocks / 2)) + i % (kBlocks / 2) * 8; };
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum[column(i) / 8][e] += acc[i / (kBlocks / 2)][i % (kBlocks / 2)][e];
+  if constexpr (Sh::kTurns)
+#pragma unroll
+    for (int four = 0; four < kBlocks; four += 4) {
+      float columns[8] = {};
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (four + i < kBlocks)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float(&from)[4] = acc[(four + i) / (kBlocks / 2)][(four + i) % (kBlocks / 2)];
+            columns[2 * i + e] = from[e] + from[e + 2];
+          }
+      const float all = fold(columns);
+      const int i = four + folded() / 2;
+      if (i < kBlocks) bias[column(i) + col + folded() % 2] = all;
     }
+}
+
+// Accumulators [16][16 k and on] as the A operand of a product that sums over their columns.
+template <typename T>
+__device__ __forceinline__ void operand(unsigned (&to)[4], const float (&left)[4], const float (&right)[4]) {
+  to[0] = Pair<T>::pack(left[0], left[1]), to[1] = Pair<T>::pack(left[2], left[3]);
+  to[2] = Pair<T>::pack(right[0], right[1]), to[3] = Pair<T>::pack(right[2], right[3]);
+}
+
+// Copies a state [P][N] into shared memory.
+template <class Sh, int THREADS>
+__device__ __forceinline__ void copy_state(Tile<P, Sh::N>& to, const typename Sh::T* from, int width) {
+  constexpr int kUnits = Sh::N / 8;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < P * kUnits; i += THREADS)
+    copy16(to.unit(i / kUnits, i % kUnits * 8), from + i * 8, i / kUnits < width);
+}
+
+// The state of the next chunk, 16 of its rows a warp: decay * state + a b, where a [16][ROWS] is the warp's and b is q or
+// k. The warpgroups take 64 columns in turn.
+template <class Sh>
+__device__ __forceinline__ void next_state(
+    typename Sh::T* to, const Tile<P, Sh::N>& state, float decay, const unsigned (&a)[Sh::NB][4],
+    const Tile<Sh::ROWS, Sh::N>& b, int width) {
+  using Two = Pair<typename Sh::T>;
+  constexpr int N = Sh::N, kWide = N < 64 ? N : 64;
+  const int lane = threadIdx.x % 32, p = threadIdx.x / 32 % 4 * 16 + lane / 4, col = lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < N / kWide; ++i) {
+    if (Sh::NB > 4 && i % (Sh::NB / 4) != threadIdx.x / 128) continue;
+    const int n = i * kWide;
+    float acc[kWide / 8][4];
+#pragma unroll
+    for (int j = 0; j < kWide / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float2 f = Two::unpack(state.pair(p + 8 * e, n + j * 8 + col));
+        acc[j][2 * e] = f.x * decay, acc[j][2 * e + 1] = f.y * decay;
+      }
+    start();
+#pragma unroll
+    for (int c = 0; c < Sh::NB; ++c)
+      Product<typename Sh::T, kWide>::template held<kAlong>(acc, a[c], b.descriptor(c * 16, n));
+    finish();
+#pragma unroll
+    for (int j = 0; j < kWide / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (p + 8 * e < width)
+          *reinterpret_cast<unsigned*>(to + (p + 8 * e) * N + n + j * 8 + col) = Two::pack(acc[j][2 * e], acc[j][2 * e + 1]);
   }
 }
 
@@ -165,7 +242,12 @@ __device__ void store_rows(
   }
 }
 
-// Adds or sets sums over a span that this block alone writes.
-__device__ inline void add(float* to, float x, bool set) { *to = set ? x : *to + x; }
+// Sets, then adds to, a sum over a span that this thread alone writes: so in one order, and without waiting for it.
+__device__ inline void add(float* to, float x, bool set) {
+  if (set)
+    *to = x;
+  else
+    asm volatile("red.global.add.f32 [%0], %1;" :: "l"(to), "f"(x) : "memory");
+}
 
 }  // namespace nam56r::ssd

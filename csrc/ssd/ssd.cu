@@ -19,18 +19,18 @@ struct Built {
   const char* name;
   const void* kernel;
 };
-#define NAM56R_SSD(kernel, element, T, model, rank, columns, d_state)                                   \
-  {#kernel "<" element "," #model "," #rank "," #columns "," #d_state ">",                              \
-   reinterpret_cast<const void*>(&kernel<T, model, rank, columns, d_state>)}
-#define NAM56R_SSD_ALL(element, T, model, rank, columns, d_state)                                       \
-  NAM56R_SSD(forward, element, T, model, rank, columns, d_state),                                       \
-      NAM56R_SSD(query, element, T, model, rank, columns, d_state),                                     \
-      NAM56R_SSD(carry, element, T, model, rank, columns, d_state),                                     \
-      NAM56R_SSD(key, element, T, model, rank, columns, d_state)
+#define NAM56R_SSD(kernel, element, T, model, rank, d_state)                                   \
+  {#kernel "<" element "," #model "," #rank "," #d_state ">",                              \
+   reinterpret_cast<const void*>(&kernel<T, model, rank, d_state>)}
+#define NAM56R_SSD_ALL(element, T, model, rank, d_state)                                       \
+  NAM56R_SSD(forward, element, T, model, rank, d_state),                                       \
+      NAM56R_SSD(query, element, T, model, rank, d_state),                                     \
+      NAM56R_SSD(carry, element, T, model, rank, d_state),                                     \
+      NAM56R_SSD(key, element, T, model, rank, d_state)
 const Built kBuilt[] = {
-    NAM56R_SSD_ALL("bf16", BFloat16, 2, 4, 64, 128),
-    NAM56R_SSD_ALL("bf16", BFloat16, 1, 1, 64, 128),
-    NAM56R_SSD_ALL("bf16", BFloat16, 0, 1, 64, 128),
+    NAM56R_SSD_ALL("bf16", BFloat16, 2, 4, 128),
+    NAM56R_SSD_ALL("bf16", BFloat16, 1, 1, 128),
+    NAM56R_SSD_ALL("bf16", BFloat16, 0, 1, 128),
 };
 #undef NAM56R_SSD_ALL
 #undef NAM56R_SSD
@@ -80,15 +80,12 @@ std::vector<int64_t> ssd_load(Tensor cubin, std::vector<std::string> names) {
   return handles;
 }
 
-int64_t ssd_shared(std::string kernel, int64_t model, int64_t rank, int64_t columns, int64_t d_state) {
+int64_t ssd_shared(std::string kernel, int64_t model, int64_t rank, int64_t d_state) {
   using namespace ssd;
   return with_constant<0, 1, 2>("the model", model, [&](auto m) {
     return with_constant<1, 2, 4, 8>("R", rank, [&](auto r) {
-      return with_constant<32, 64>("P", columns, [&](auto p) {
-        return with_constant<32, 64, 128, 256>("N", d_state, [&](auto n) {
-          return shared_bytes<Shape<
-              BFloat16, decltype(m)::value, decltype(r)::value, decltype(p)::value, decltype(n)::value>>(kernel);
-        });
+      return with_constant<32, 64, 128, 256>("N", d_state, [&](auto n) {
+        return shared_bytes<Shape<BFloat16, decltype(m)::value, decltype(r)::value, decltype(n)::value>>(kernel);
       });
     });
   });

@@ -11,7 +11,7 @@ namespace nam56r {
 
 using torch::stable::Tensor;
 
-// The kernels that this extension holds code for, such as "forward<bf16,2,4,64,128>": element type, model, rank, P, N.
+// The kernels that this extension holds code for, such as "forward<bf16,2,4,128>": element type, model, rank, N.
 std::vector<std::string> ssd_built();
 
 // A built kernel's handle.
@@ -21,7 +21,7 @@ int64_t ssd_kernel(std::string name);
 std::vector<int64_t> ssd_load(Tensor cubin, std::vector<std::string> names);
 
 // Bytes of shared memory that a kernel ("forward", ...) of this shape takes.
-int64_t ssd_shared(std::string kernel, int64_t model, int64_t rank, int64_t columns, int64_t d_state);
+int64_t ssd_shared(std::string kernel, int64_t model, int64_t rank, int64_t d_state);
 
 // Launches on the current stream of on's device. arguments are the fields of struct Arguments, in order.
 void ssd_launch(

@@ -7,15 +7,19 @@
 
 #include "ssd/arguments.cuh"
 #include "ssd/device.cuh"
+#include "ssd/wgmma.cuh"
 
 namespace nam56r::ssd {
 
 constexpr int kMamba2 = 0, kSiso = 1, kMimo = 2;
 
-template <typename T_, int MODEL_, int R_, int P_, int N_>
+constexpr int P = 64;  // columns of a unit; a head of 32 leaves the rest zero
+constexpr float PI = 3.141592653589793f;
+
+template <typename T_, int MODEL_, int R_, int N_>
 struct Shape {
   using T = T_;
-  static constexpr int MODEL = MODEL_, R = R_, P = P_, N = N_;
+  static constexpr int MODEL = MODEL_, R = R_, N = N_;
   static constexpr int TB = R == 1 ? 4 : R == 2 ? 2 : 1, CT = 16 * TB, NB = R * TB, ROWS = 16 * NB, NA = N / 4;
   static constexpr bool kTurns = MODEL != kMamba2, kRanks = MODEL == kMimo;
   static constexpr int SEG = 128 / NA, LONG = CT / SEG;  // threads that share an angle, and tokens each takes
@@ -31,56 +35,46 @@ struct Decays {
   float L[Sh::CT], w[Sh::CT], own[Sh::CT];  // L past the end is that of the last token
 };
 
-// Calls pairs and plain with the (row, column) of every 8 columns of q or k that this lane copies and turns: pairs for
-// what is turned (MIMO: with its partner N / 2 further), plain for the rest. A warp has a block's 16 rows, a lane the
-// same columns in all its rows.
-template <class Sh, typename Pairs, typename Plain>
-__device__ __forceinline__ void over_block(int block, Pairs pairs, Plain plain) {
-  constexpr int N = Sh::N;
-  constexpr int kPairs = Sh::MODEL == kMimo ? N / 32 : Sh::MODEL == kSiso ? N / 16 : 0;
-  constexpr int kPlain = Sh::MODEL == kMamba2 ? N / 8 : N / 16;
-  const int lane = threadIdx.x % 32;
-  if constexpr (kPairs > 0) {
+// Calls f(row, column) for all that this lane copies and turns of a block of 16 rows: 8 columns from `column` on, and 8
+// from each of column + N / 2, and for MIMO + N / 4 and + 3 N / 4. What is turned is the first, for MIMO with the second.
+// The eight lanes that access shared memory at a time have units in different banks.
+template <class Sh, typename F>
+__device__ __forceinline__ void over_block(int block, F f) {
+  constexpr int kUnits = Sh::MODEL == kMimo ? Sh::N / 32 : Sh::N / 16, kRows = 32 / kUnits;
+  const int lane = threadIdx.x % 32, i = lane / kUnits, column = lane % kUnits * 8;
+  const int row = kUnits == 4 ? i % 2 * 4 + i / 2 : kUnits == 2 ? i / 8 * 8 + i / 4 % 2 + i % 4 * 2 : i;
 #pragma unroll
-    for (int i = 0; i < (kPairs + 1) / 2; ++i)
-      if (kPairs > 1 || lane < 16) pairs(block * 16 + lane / kPairs + i * (32 / kPairs), lane % kPairs * 8);
-  }
-  const int unit = lane % kPlain;
-  const int column = Sh::MODEL == kMamba2 ? unit * 8
-      : Sh::MODEL == kSiso ? N / 2 + unit * 8
-      : unit < N / 32 ? N / 4 + unit * 8 : 3 * N / 4 + (unit - N / 32) * 8;
-#pragma unroll
-  for (int i = 0; i < kPlain / 2; ++i) plain(block * 16 + lane / kPlain + i * (32 / kPlain), column);
+  for (int first = 0; first < 16; first += kRows)
+    if (kRows <= 16 || lane < 16) f(block * 16 + first + row, column);
 }
 
 // Starts copying a chunk's rows of B or C; `from` is at its first token, `live` counts its tokens.
 template <class Sh, int WARPS>
 __device__ __forceinline__ void copy_rows(
     Tile<Sh::ROWS, Sh::N>& tile, const typename Sh::T* from, int per_token, int per_rank, int live) {
+  constexpr int N = Sh::N;
 #pragma unroll
   for (int block = threadIdx.x / 32; block < Sh::NB; block += WARPS) {
-    const typename Sh::T* first = from + block / Sh::TB * per_rank + block % Sh::TB * 16 * per_token;
-    const auto copy = [&](int row, int column) {
-      const int token = row - block * 16;
-      copy16(&tile.x[row][column], first + token * per_token + column, token + block % Sh::TB * 16 < live);
-    };
-    over_block<Sh>(
-        block,
-        [&](int row, int column) {
-          copy(row, column);
-          if (Sh::MODEL == kMimo) copy(row, column + Sh::N / 2);
-        },
-        copy);
+    const int before = block % Sh::TB * 16;
+    over_block<Sh>(block, [&](int row, int column) {
+      const int token = before + row - block * 16;
+      const typename Sh::T* at_row = from + block / Sh::TB * per_rank + token * per_token + column;
+      const auto copy = [&](int on) { copy16(tile.unit(row, column + on), at_row + on, token < live); };
+      copy(0), copy(N / 2);
+      if constexpr (Sh::MODEL == kMimo) copy(N / 4), copy(3 * N / 4);
+    });
   }
 }
 
 template <class Sh, int THREADS>
-__device__ __forceinline__ void copy_tokens(Tile<Sh::CT, Sh::P>& tile, const typename Sh::T* from, int per_token, int live) {
-  constexpr int kUnits = Sh::CT * (Sh::P / 8);
+__device__ __forceinline__ void copy_tokens(
+    Tile<Sh::CT, P>& tile, const typename Sh::T* from, int per_token, int live, int width) {
+  constexpr int kUnits = Sh::CT * (P / 8);
 #pragma unroll
   for (int n = 0; n < (kUnits + THREADS - 1) / THREADS; ++n) {
-    const int i = threadIdx.x + n * THREADS, token = i / (Sh::P / 8), column = i % (Sh::P / 8) * 8;
-    if (kUnits % THREADS == 0 || i < kUnits) copy16(&tile.x[token][column], from + token * per_token + column, token < live);
+    const int i = threadIdx.x + n * THREADS, token = i / (P / 8), column = i % (P / 8) * 8;
+    if (kUnits % THREADS == 0 || i < kUnits)
+      copy16(tile.unit(token, column), from + token * per_token + column, token < live && column < width);
   }
 }
 
@@ -98,8 +92,7 @@ template <class Sh>
 __device__ float own_weight(const Decays<Sh>& d, int t) { return Sh::MODEL == kMamba2 ? d.w[t] : d.own[t]; }
 
 template <typename T>
-__device__ void unpack8(float (&x)[8], const void* from) {
-  const uint4 v = *reinterpret_cast<const uint4*>(from);
+__device__ __forceinline__ void unpack8(float (&x)[8], uint4 v) {
   const unsigned u[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -108,13 +101,18 @@ __device__ void unpack8(float (&x)[8], const void* from) {
   }
 }
 template <typename T>
-__device__ void pack8(void* to, const float (&x)[8]) {
-  *reinterpret_cast<uint4*>(to) = {
-      Pair<T>::pack(x[0], x[1]), Pair<T>::pack(x[2], x[3]), Pair<T>::pack(x[4], x[5]), Pair<T>::pack(x[6], x[7])};
+__device__ __forceinline__ uint4 pack8(const float (&x)[8]) {
+  return {Pair<T>::pack(x[0], x[1]), Pair<T>::pack(x[2], x[3]), Pair<T>::pack(x[4], x[5]), Pair<T>::pack(x[6], x[7])};
 }
-__device__ inline void load8(float (&x)[8], const float* from) {
-  const float4 a = *reinterpret_cast<const float4*>(from), b = *reinterpret_cast<const float4*>(from + 4);
-  x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+__device__ __forceinline__ uint4 get16(const void* from) { return *static_cast<const uint4*>(from); }
+__device__ __forceinline__ void put16(void* to, uint4 x) { *static_cast<uint4*>(to) = x; }
+template <int n>
+__device__ __forceinline__ void load(float (&x)[n], const float* from) {
+#pragma unroll
+  for (int i = 0; i < n; i += 4) {
+    const float4 v = *reinterpret_cast<const float4*>(from + i);
+    x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
+  }
 }
 
 // What a tile's rows are turned by: the head's biases [R][N] of C and B.
@@ -137,64 +135,71 @@ template <class Sh, int WARPS>
 __device__ __forceinline__ void turn_rows(
     Tile<Sh::ROWS, Sh::N>& q, Tile<Sh::ROWS, Sh::N>* k, const Biases<Sh>& biases, const Turns<Sh>& turns) {
   using T = typename Sh::T;
+  constexpr int N = Sh::N, kAngles = Sh::MODEL == kMimo ? 8 : 4, kPieces = Sh::MODEL == kMimo ? 4 : 2;
+  constexpr int kOn[4] = {0, N / 2, N / 4, 3 * N / 4};
   if constexpr (Sh::kTurns) {
 #pragma unroll
     for (int block = threadIdx.x / 32; block < Sh::NB; block += WARPS) {
       const int rank = block / Sh::TB;
-      const auto biased = [&](float (&x)[8], const unsigned short* from, const float* bias) {
-        float more[8];
-        unpack8<T>(x, from);
-        load8(more, bias);
+      over_block<Sh>(block, [&](int row, int column) {
+        uint4 raw[2][kPieces];  // all loads before the first store
 #pragma unroll
-        for (int i = 0; i < 8; ++i) x[i] += more[i];
-      };
-      over_block<Sh>(
-          block,
-          [&](int row, int column) {
-            const int token = row - rank * Sh::CT;
-            constexpr int kAngles = Sh::MODEL == kMimo ? 8 : 4;
-            float cos[kAngles], sin[kAngles];
-            const int first = column * kAngles / 8;
+        for (int i = 0; i < kPieces; ++i) {
+          raw[0][i] = get16(q.unit(row, column + kOn[i]));
+          if (k) raw[1][i] = get16(k->unit(row, column + kOn[i]));
+        }
+        float cos[kAngles], sin[kAngles];
+        load(cos, &turns.cos[row - rank * Sh::CT][column * kAngles / 8]);
+        load(sin, &turns.sin[row - rank * Sh::CT][column * kAngles / 8]);
 #pragma unroll
-            for (int i = 0; i < kAngles; i += 4) {
-              const float4 c = *reinterpret_cast<const float4*>(&turns.cos[token][first + i]);
-              const float4 s = *reinterpret_cast<const float4*>(&turns.sin[token][first + i]);
-              cos[i] = c.x, cos[i + 1] = c.y, cos[i + 2] = c.z, cos[i + 3] = c.w;
-              sin[i] = s.x, sin[i + 1] = s.y, sin[i + 2] = s.z, sin[i + 3] = s.w;
-            }
-            const auto turn = [&](Tile<Sh::ROWS, Sh::N>& tile, const float* bias) {
-              float a[8];
-              biased(a, &tile.x[row][column], bias + column);
-              if constexpr (Sh::MODEL == kMimo) {
-                float b[8];
-                biased(b, &tile.x[row][column + Sh::N / 2], bias + column + Sh::N / 2);
+        for (int which = 0; which < 2; ++which) {
+          if (which && !k) break;
+          const float* bias = which ? biases.k[rank] : biases.q[rank];
+          float x[kPieces][8];
 #pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                  const float turned = a[i] * cos[i] - b[i] * sin[i];
-                  b[i] = a[i] * sin[i] + b[i] * cos[i], a[i] = turned;
-                }
-                pack8<T>(&tile.x[row][column + Sh::N / 2], b);
-              } else {
+          for (int i = 0; i < kPieces; ++i) {
+            float more[8];
+            unpack8<T>(x[i], raw[which][i]);
+            load(more, bias + column + kOn[i]);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                  const float turned = a[2 * i] * cos[i] - a[2 * i + 1] * sin[i];
-                  a[2 * i + 1] = a[2 * i] * sin[i] + a[2 * i + 1] * cos[i], a[2 * i] = turned;
-                }
-              }
-              pack8<T>(&tile.x[row][column], a);
-            };
-            turn(q, biases.q[rank]);
-            if (k) turn(*k, biases.k[rank]);
-          },
-          [&](int row, int column) {
-            float x[8];
-            biased(x, &q.x[row][column], &biases.q[rank][column]);
-            pack8<T>(&q.x[row][column], x);
-            if (!k) return;
-            biased(x, &k->x[row][column], &biases.k[rank][column]);
-            pack8<T>(&k->x[row][column], x);
-          });
+            for (int e = 0; e < 8; ++e) x[i][e] += more[e];
+          }
+#pragma unroll
+          for (int e = 0; e < kAngles; ++e) {
+            float& a = Sh::MODEL == kMimo ? x[0][e] : x[0][2 * e];
+            float& b = Sh::MODEL == kMimo ? x[1][e] : x[0][2 * e + 1];
+            const float turned = a * cos[e] - b * sin[e];
+            b = a * sin[e] + b * cos[e], a = turned;
+          }
+#pragma unroll
+          for (int i = 0; i < kPieces; ++i) put16((which ? *k : q).unit(row, column + kOn[i]), pack8<T>(x[i]));
+        }
+      });
     }
+  }
+}
+
+// A unit's parameters: psi, zeta and phi [R][P] (1 where they are missing) and D [P] (0).
+template <class Sh>
+struct Parameters {
+  float psi[Sh::kRanks ? Sh::R : 1][P], zeta[Sh::kRanks ? Sh::R : 1][P], phi[Sh::kRanks ? Sh::R : 1][P], skip[P];
+};
+
+template <class Sh, int THREADS>
+__device__ __forceinline__ void copy_parameters(Parameters<Sh>& to, const Arguments& a, int head, int first, int width) {
+  if constexpr (Sh::kRanks)
+    for (int i = threadIdx.x; i < Sh::R * P / 4; i += THREADS) {
+      const int r = i / (P / 4), p = i % (P / 4) * 4;
+      const long long from = (long long)(head * Sh::R + r) * a.P + first + p;
+      copy16(&to.psi[r][p], at<const float>(a.psi) + from, p < width);
+      copy16(&to.phi[r][p], at<const float>(a.phi) + from, p < width);
+      if (a.z) copy16(&to.zeta[r][p], at<const float>(a.zeta) + from, p < width);
+    }
+  for (int p = threadIdx.x; p < P; p += THREADS) {
+    if (a.D)
+      copy4(&to.skip[p], at<const float>(a.D) + head * a.d_h + (first + p) * a.d_p, p < width);
+    else
+      to.skip[p] = 0.f;
   }
 }
 

@@ -31,18 +31,17 @@ def mamba3_scan(
         wide = torch.promote_types(x.dtype, torch.float32)
         initial_state = Mamba3State(*(t.to(wide) for t in initial_state))
         state, angle = entered(initial_state, dt, trap, cu_seqlens), initial_state.angle
-    y, *final = cuda.scan(
+    y, ssm, *last = cuda.scan(
         x, B, C, dt, log_decay=log_decay, trap=trap, angles=angles, B_bias=B_bias, C_bias=C_bias, D=D, z=z, mimo=mimo,
         state=state, angle=angle, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     if initial_state is not None and x.shape[1] == 0:
-        final = final[0], *initial_state[1:]
+        last = list(initial_state[1:])
     elif initial_state is not None and cu_seqlens is not None:
         empty = cu_seqlens[1:] == cu_seqlens[:-1]
-        ssm, *rest = final
-        pairs = zip(initial_state[1:], rest)
-        final = ssm, *(torch.where(empty.view(-1, *[1] * (t.ndim - 1)), kept, t) for kept, t in pairs)
-    return y, Mamba3State(*final)
+        pairs = zip(initial_state[1:], last)
+        last = [torch.where(empty.view(-1, *[1] * (t.ndim - 1)), kept, t) for kept, t in pairs]
+    return y, Mamba3State(ssm, *last)
 
 
 def entered(state: Mamba3State, dt: torch.Tensor, trap: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:

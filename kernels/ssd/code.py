@@ -10,18 +10,19 @@ import torch
 from nam56r.kernels import extension, nvrtc
 
 DTYPES = {torch.bfloat16: ("bf16", "BFloat16"), torch.float16: ("fp16", "Float16")}
+CAPABILITY = (9, 0)  # its kernels are made of wgmma, which later devices lack
+ROOM = 227 * 1024  # bytes of shared memory that a block may have there
 RANKS, HEADDIMS, STATES = (1, 2, 4, 8), (32, 64, 128), (32, 64, 128, 256)
 PASSES = ("forward",), ("query", "carry", "key")  # what is compiled together
 REGISTERED = extension.has("ssd_built", "ssd_kernel", "ssd_load", "ssd_shared", "ssd_launch")
 
 
 class Shape(NamedTuple):
-    """What code is compiled for; columns is P, or 64 where that is larger."""
+    """What code is compiled for; any P runs on the same code."""
 
     dtype: torch.dtype
     model: int
     rank: int
-    columns: int
     d_state: int
 
 
@@ -44,12 +45,6 @@ def shared_bytes(kernel: str, shape: Shape) -> int:
     return torch.ops.nam56r.ssd_shared(kernel, *shape[1:])
 
 
-def room(capability: tuple[int, int]) -> int:
-    """Bytes of shared memory that a block may have."""
-    large = {(8, 0): 163, (8, 7): 163} | {(major, minor): 227 for major in (9, 10, 11) for minor in range(10)}
-    return large.get(capability, 99) * 1024
-
-
 @functools.cache
 def built(kernels: tuple[str, ...], shape: Shape, capability: tuple[int, int]) -> bool:
     """Whether the extension holds these kernels for this shape and device."""
@@ -60,9 +55,9 @@ def built(kernels: tuple[str, ...], shape: Shape, capability: tuple[int, int]) -
 @torch.compiler.assume_constant_result  # a traced program asks while it is traced
 def refusal(shape: Shape, name: str, capability: tuple[int, int]) -> tuple[str, ...]:
     """Why no code for this shape can be had on a device of that name; empty when it can."""
-    large = [kernel for kernels in PASSES for kernel in kernels if shared_bytes(kernel, shape) > room(capability)]
+    large = [kernel for kernels in PASSES for kernel in kernels if shared_bytes(kernel, shape) > ROOM]
     if large:
-        asked = f"R = {shape.rank}, P = {shape.columns}, N = {shape.d_state}"
+        asked = f"R = {shape.rank}, N = {shape.d_state}"
         return (f"{asked} takes more shared memory than {name} has ({', '.join(large)})",)
     if all(built(kernels, shape, capability) for kernels in PASSES):
         return ()

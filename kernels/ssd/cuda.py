@@ -20,9 +20,9 @@ from nam56r.kernels.ssd.sizes import MAMBA2, MIMO, SISO, Sizes, sizes_of
 FIELDS = tuple(
     """
     x B C z dy  y dx dB dC dz  L W OWN DT angles B_bias C_bias D psi zeta phi  state angle  cu first sequence_of
-    saved bases final final_k final_v final_angle  carried energy dfinal dangle_unused dstate
+    saved bases final final_k final_v final_angle  carried energy dfinal dstate
     DQ DOWN DW dB_bias dC_bias dpsi dzeta dphi dD ddt_q ddt_k dangle_q dangle_k total_q total_k
-    S tokens H heads_per_group G spans sequences every units splits angle_heads d_h d_p save
+    S tokens H P heads_per_group G spans sequences every units splits angle_heads d_h d_p save
     x_b x_s x_h B_b B_s B_r B_g C_b C_s C_r C_g z_b z_s z_h dy_b dy_s dy_h a_b a_s a_h
     dB_b dB_s dB_r dB_g dB_split dC_b dC_s dC_r dC_g dC_split
     """.split()
@@ -32,7 +32,7 @@ FIELDS = tuple(
 def launch(kernels: tuple[str, ...], sizes: Sizes, fields: dict[str, torch.Tensor | int | None]) -> None:
     """Run the kernels of one pass, one after the other, on the same fields; what isn't named is null."""
     x = fields["x"]
-    shape = Shape(x.dtype, sizes.model, sizes.rank, sizes.columns, sizes.d_state)
+    shape = Shape(x.dtype, sizes.model, sizes.rank, sizes.d_state)
     values = [fields.get(field) for field in FIELDS]
     numbers = [v.data_ptr() if isinstance(v, torch.Tensor) else v or 0 for v in values]
     by_unit, by_group = (sizes.all_units, sizes.sequences), (sizes.groups * sizes.splits, sizes.total)
@@ -79,7 +79,7 @@ def _strides(fields: dict, **tensors: tuple[torch.Tensor | None, str]) -> None:
 def _fields(sizes, x, B, C, angles, B_bias, C_bias, D, z, psi, zeta, phi, cu_seqlens, steps, tables) -> dict:
     """What forward and backward share."""
     fields = dict(
-        S=sizes.length, tokens=sizes.tokens, H=sizes.heads, heads_per_group=sizes.heads // sizes.groups, G=sizes.groups,
+        S=sizes.length, tokens=sizes.tokens, H=sizes.heads, P=sizes.headdim, heads_per_group=sizes.heads // sizes.groups, G=sizes.groups,
         spans=sizes.spans, sequences=sizes.sequences, every=sizes.every, units=sizes.units, splits=sizes.splits,
         angle_heads=sizes.angle_heads,
         B_bias=dense(B_bias, False), C_bias=dense(C_bias, False), psi=dense(psi, False), zeta=dense(zeta, False),
@@ -405,7 +405,10 @@ def scan(
     angles, A, dt_bias, B_bias, C_bias, D, psi, zeta, phi, state, angle = (
         None if t is None else t.to(wide) for t in parameters
     )
-    inputs = (x, B, C, dt, log_decay, trap, angles, A, dt_bias, softplus, B_bias, C_bias, D, z, psi, zeta, phi)
-    inputs = (*inputs, state, angle, None if cu_seqlens is None else cu_seqlens.contiguous())
+    bounds = None if cu_seqlens is None else cu_seqlens.contiguous()
+    inputs = (
+        x, B, C, dt, log_decay, trap, angles, A, dt_bias, softplus, B_bias, C_bias, D, z, psi, zeta, phi, state, angle,
+        bounds,
+    )  # fmt: skip
     save = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs)
     return torch.ops.nam56r.ssd_scan(*inputs, save)[:5]

@@ -16,8 +16,8 @@ def refuses(problem: Problem, model: int, rank: int, pairs: int | None) -> tuple
         return ("CUDA extension built from older sources, without the Mamba scan: install the package again",)
     x, d_state, device = problem["x"], problem["B"].shape[-1], problem.device
     headdim, reasons = x.shape[-1], []
-    if device.capability < (8, 0):
-        reasons.append(f"{device.name} is sm_{device.capability[0]}{device.capability[1]}, but it takes sm_80 or later")
+    if device.capability != code.CAPABILITY:
+        reasons.append(f"{device.name} is sm_{device.capability[0]}{device.capability[1]}, but it takes sm_90 (H100, H200)")
     if x.dtype not in code.DTYPES:
         reasons.append(f"x is {x.dtype}, but the CUDA kernel takes bfloat16 or float16")
     sizes = (("R", rank, code.RANKS), ("P", headdim, code.HEADDIMS), ("N", d_state, code.STATES))
@@ -28,5 +28,5 @@ def refuses(problem: Problem, model: int, rank: int, pairs: int | None) -> tuple
         reasons.append(f"N_a = {pairs} with N = {d_state}, but the CUDA kernel takes N_a = N / 4")
     if reasons:
         return tuple(reasons)
-    shape = code.Shape(x.dtype, model, rank, min(headdim, 64), d_state)
+    shape = code.Shape(x.dtype, model, rank, d_state)
     return code.refusal(shape, device.name, device.capability)

@@ -1,0 +1,69 @@
+// Hopper's warpgroup products, d [64][n] = or += a [64][16] b [16][n]: a held in registers or shared, b shared.
+//
+// A descriptor names columns of a Tile from some row and column on. Where the product sums over a tile's columns (b's
+// columns are the tile's rows) b is kAcross, and the next 16 to sum over are 16 columns on; where it sums over the tile's
+// rows b is kAlong, and they are 16 rows on. Where `add` is 0, d need not be set before.
+// d's registers, and a's, are those of mma.m16n8k16: warp w of the group has the rows 16 w and on.
+#pragma once
+
+#include "ssd/device.cuh"
+
+namespace nam56r::ssd {
+
+__device__ inline void start() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void finish() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+// What ordinary stores wrote to shared memory is there for the products of threads past the next barrier.
+__device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+constexpr int kAcross = 0, kAlong = 1;
+
+template <typename T, int n> struct Product;
+
+#define NAM56R_D(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define NAM56R_D8 NAM56R_D(0)
+#define NAM56R_D16 NAM56R_D8, NAM56R_D(1)
+#define NAM56R_D32 NAM56R_D16, NAM56R_D(2), NAM56R_D(3)
+#define NAM56R_D64 NAM56R_D32, NAM56R_D(4), NAM56R_D(5), NAM56R_D(6), NAM56R_D(7)
+#define NAM56R_D128 \
+  NAM56R_D64, NAM56R_D(8), NAM56R_D(9), NAM56R_D(10), NAM56R_D(11), NAM56R_D(12), NAM56R_D(13), NAM56R_D(14), NAM56R_D(15)
+
+// l0 ... are the numbers of the asm's operands past d's: descriptors, a's registers, b_is, add.
+#define NAM56R_PRODUCT(T, type, n, list, l0, l1, l2, l3, l4, l5, l6) \
+  template <> struct Product<T, n> { \
+    template <int b_is, int add = 1> \
+    __device__ static void shared(float (&d)[n / 8][4], unsigned long long a, unsigned long long b) { \
+      asm volatile("{.reg .pred p;\nsetp.ne.b32 p, " l3 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type \
+                   " {" list "}, " l0 ", " l1 ", p, 1, 1, 0, " l2 ";\n}" \
+                   : NAM56R_D##n : "l"(a), "l"(b), "n"(b_is), "n"(add)); \
+    } \
+    template <int b_is, int add = 1> \
+    __device__ static void held(float (&d)[n / 8][4], const unsigned (&a)[4], unsigned long long b) { \
+      asm volatile("{.reg .pred p;\nsetp.ne.b32 p, " l6 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type \
+                   " {" list "}, {" l0 ", " l1 ", " l2 ", " l3 "}, " l4 ", p, 1, 1, " l5 ";\n}" \
+                   : NAM56R_D##n : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(b_is), "n"(add)); \
+    } \
+  };
+#define NAM56R_LIST8 \
+  "%0, %1, %2, %3"
+#define NAM56R_LIST16 NAM56R_LIST8 \
+  ", %4, %5, %6, %7"
+#define NAM56R_LIST32 NAM56R_LIST16 \
+  ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define NAM56R_LIST64 NAM56R_LIST32 \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAM56R_LIST128 NAM56R_LIST64 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
+  "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAM56R_PRODUCTS(T, type) \
+  NAM56R_PRODUCT(T, type, 8, NAM56R_LIST8, "%4", "%5", "%6", "%7", "%8", "%9", "%10") \
+  NAM56R_PRODUCT(T, type, 16, NAM56R_LIST16, "%8", "%9", "%10", "%11", "%12", "%13", "%14") \
+  NAM56R_PRODUCT(T, type, 32, NAM56R_LIST32, "%16", "%17", "%18", "%19", "%20", "%21", "%22") \
+  NAM56R_PRODUCT(T, type, 64, NAM56R_LIST64, "%32", "%33", "%34", "%35", "%36", "%37", "%38") \
+  NAM56R_PRODUCT(T, type, 128, NAM56R_LIST128, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
+NAM56R_PRODUCTS(BFloat16, "bf16")
+NAM56R_PRODUCTS(Float16, "f16")
+
+}  // namespace nam56r::ssd
