@@ -72,9 +72,10 @@ __global__ void __launch_bounds__(128, N > 128 || R > 4 ? 1 : 2) carry(const __g
   float base = 0.f;
   const auto load_angles = [&](int chunk) {
     if (!Angles<Sh>::mine()) return;
-    angle.load(angles + chunk * CT * a.a_s, int(a.a_s), steps + chunk * CT, seq.length - chunk * CT);
+    angle.load(angles + chunk * CT * a.a_s, int(a.a_s), seq.length - chunk * CT);
     base = at<const float>(a.bases)[((span * every + chunk) * H + h) * NA + Angles<Sh>::index()];
   };
+  const auto turns = [&](int chunk) { angle.turn(s.turns, base, steps + chunk * CT, seq.length - chunk * CT); };
   const auto turn = [&](int chunk) {
     turn_rows<Sh, 4>(s.stage[chunk % 2].q, nullptr, s.biases, s.turns);
     publish();
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(128, N > 128 || R > 4 ? 1 : 2) carry(const __g
     copy_biases<Sh, THREADS>(s.biases, a, h);
     copy_parameters<Sh, THREADS>(s.parameters, a, h, p_first, width);
     copy(chunks - 1);
-    if (Sh::kTurns) load_angles(chunks - 1), angle.turn(s.turns, base);
+    if (Sh::kTurns) load_angles(chunks - 1), turns(chunks - 1);
     wait_copies();
     __syncthreads();
     turn(chunks - 1);
@@ -150,7 +151,7 @@ __global__ void __launch_bounds__(128, N > 128 || R > 4 ? 1 : 2) carry(const __g
         Product<T, kWide>::template held<kAlong>(
             reinterpret_cast<float(&)[kWide / 8][4]>(G[n / 8]), weighed[c], in.q.descriptor(c * 16, n));
     finish();
-    if (chunk && Sh::kTurns) angle.turn(s.turns, base);
+    if (chunk && Sh::kTurns) turns(chunk - 1);
     if (chunk % every == 0) {
       float sum = 0.f;
       const T* S = at<const T>(a.saved) + of_span;

@@ -82,11 +82,11 @@ __global__ void __launch_bounds__(128, N > 128 || R > 4 ? 1 : 2) forward(const _
   const auto turns = [&](int chunk) {
     if (a.save && Angles<Sh>::mine() && threadIdx.x % Angles<Sh>::SEG == 0 && p_first == 0)
       at<float>(a.bases)[((span * every + chunk) * H + h) * NA + Angles<Sh>::index()] = base;
-    base = fraction(base + angle.turn(s.turns, base));
+    base = fraction(base + angle.turn(s.turns, base, steps + chunk * CT, seq.length - chunk * CT));
   };
   const auto load_angles = [&](int chunk) {
     if (Sh::kTurns)
-      angle.load(angles + chunk * CT * a.a_s, int(a.a_s), steps + chunk * CT, seq.length - chunk * CT);
+      angle.load(angles + chunk * CT * a.a_s, int(a.a_s), seq.length - chunk * CT);
   };
   const auto turn = [&](int chunk) {
     auto& to = s.stage[chunk % kStages];
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(128, N > 128 || R > 4 ? 1 : 2) forward(const _
     __syncthreads();
     turn(0);
   }
-  float psi[R][2], zeta[R][2], phi[R][2], skip[2];
+  const auto parameter = [&](const auto& of, int r, int e) { return Sh::kRanks ? of[r][p[e]] : 1.f; };
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const auto& in = s.stage[chunk % kStages];
     const auto& decays = s.decays[chunk % kStages];
@@ -114,19 +114,6 @@ __global__ void __launch_bounds__(128, N > 128 || R > 4 ? 1 : 2) forward(const _
     commit();
     if (kStages == 2 && more) copy(chunk + 1);
     if (more) load_angles(chunk + 1);
-    if (chunk == 0) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        skip[e] = s.parameters.skip[p[e]];
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-          psi[r][e] = Sh::kRanks ? s.parameters.psi[r][p[e]] : 1.f;
-          zeta[r][e] = Sh::kRanks ? s.parameters.zeta[r][p[e]] : 1.f;
-          phi[r][e] = Sh::kRanks ? s.parameters.phi[r][p[e]] : 1.f;
-        }
-      }
-    }
-
     // scores, by rows; S q^T by columns
     float out[ROWS / 8][4];
     unsigned st[N / 16][4];
@@ -219,7 +206,7 @@ __global__ void __launch_bounds__(128, N > 128 || R > 4 ? 1 : 2) forward(const _
 #pragma unroll
         for (int e = 0; e < 4; ++e) {  // of xs: column p[e / 2], tokens e % 2 * 8 on
           float2 f = Two::unpack(xs[tb][e]);
-          if (Sh::kRanks) f.x *= psi[r][e / 2], f.y *= psi[r][e / 2];
+          if (Sh::kRanks) f.x *= parameter(s.parameters.psi, r, e / 2), f.y *= parameter(s.parameters.psi, r, e / 2);
           v[r * TB + tb][e / 2 + e % 2 * 2] = Sh::kRanks ? Two::pack(f.x, f.y) : xs[tb][e];
           weighed[r * TB + tb][e / 2 + e % 2 * 2] = Two::pack(f.x * w[e % 2 * 2], f.y * w[e % 2 * 2 + 1]);
         }
@@ -252,9 +239,9 @@ __global__ void __launch_bounds__(128, N > 128 || R > 4 ? 1 : 2) forward(const _
 #pragma unroll
         for (int r = 0; r < R; ++r) {
           const float* o = &out[(r * TB + tb) * 2 + e % 2][e / 2 * 2];
-          const float through = skip[e / 2] * psi[r][e / 2];
-          float2 scale = {phi[r][e / 2], phi[r][e / 2]};
-          scale.x *= silu(zt.x * zeta[r][e / 2], gated), scale.y *= silu(zt.y * zeta[r][e / 2], gated);
+          const float through = s.parameters.skip[p[e / 2]] * parameter(s.parameters.psi, r, e / 2);
+          float2 scale = {parameter(s.parameters.phi, r, e / 2), parameter(s.parameters.phi, r, e / 2)};
+          scale.x *= silu(zt.x * parameter(s.parameters.zeta, r, e / 2), gated), scale.y *= silu(zt.y * parameter(s.parameters.zeta, r, e / 2), gated);
           sum.x += (o[0] + through * xt.x) * scale.x, sum.y += (o[1] + through * xt.y) * scale.y;
         }
         ys[e] = Two::pack(sum.x, sum.y);

@@ -28,6 +28,14 @@ __device__ inline Place place(const Arguments& a, int chunk_tokens) {
   return p;
 }
 
+// Sets, then adds to, a sum over a span that this thread alone writes: so in one order, and without waiting for it.
+__device__ inline void add(float* to, float x, bool set) {
+  if (set)
+    *to = x;
+  else
+    asm volatile("red.global.add.f32 [%0], %1;" :: "l"(to), "f"(x) : "memory");
+}
+
 // Sums v[i] over the eight lanes of a column; lane / 4 then tells which i is returned: folded().
 __device__ inline float fold(float (&v)[8]) {
   const int lane = threadIdx.x % 32;
@@ -101,29 +109,28 @@ __device__ __forceinline__ void turn_back(
 // Adds a half to the gradient of B or C, and leaves the sums of its columns, the bias's gradient, in bias[N].
 template <class Sh>
 __device__ __forceinline__ void add_half(
-    float (&sum)[Sh::N / 8][4], const float (&acc)[2][Sh::N / 32][4], int half, float* bias) {
-  constexpr int kBlocks = Sh::N / 16;  // of 8 columns, of both pieces
+    float (&sum)[2][Sh::N / 32][4], const float (&acc)[2][Sh::N / 32][4], int half, float* bias) {
+  constexpr int kBlocks = Sh::N / 32;  // of 8 columns, of a piece
   const int col = threadIdx.x % 4 * 2;
-  const auto column = [&](int i) { return piece<Sh>(half, i / (kBlocks / 2)) + i % (kBlocks / 2) * 8; };
 #pragma unroll
-  for (int i = 0; i < kBlocks; ++i)
+  for (int i = 0; i < 2 * kBlocks; ++i)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) sum[column(i) / 8][e] += acc[i / (kBlocks / 2)][i % (kBlocks / 2)][e];
+    for (int e = 0; e < 4; ++e) sum[i / kBlocks][i % kBlocks][e] += acc[i / kBlocks][i % kBlocks][e];
   if constexpr (Sh::kTurns)
 #pragma unroll
-    for (int four = 0; four < kBlocks; four += 4) {
+    for (int four = 0; four < 2 * kBlocks; four += 4) {
       float columns[8] = {};
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (four + i < kBlocks)
+        if (four + i < 2 * kBlocks)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const float(&from)[4] = acc[(four + i) / (kBlocks / 2)][(four + i) % (kBlocks / 2)];
+            const float(&from)[4] = acc[(four + i) / kBlocks][(four + i) % kBlocks];
             columns[2 * i + e] = from[e] + from[e + 2];
           }
       const float all = fold(columns);
       const int i = four + folded() / 2;
-      if (i < kBlocks) bias[column(i) + col + folded() % 2] = all;
+      if (i < 2 * kBlocks) bias[piece<Sh>(half, i / kBlocks) + i % kBlocks * 8 + col + folded() % 2] = all;
     }
 }
 
@@ -143,22 +150,20 @@ __device__ __forceinline__ void copy_state(Tile<P, Sh::N>& to, const typename Sh
     copy16(to.unit(i / kUnits, i % kUnits * 8), from + i * 8, i / kUnits < width);
 }
 
-// The state of the next chunk, 16 of its rows a warp: decay * state + a b, where a [16][ROWS] is the warp's and b is q or
-// k. The warpgroups take 64 columns in turn.
+// The state of the next chunk, 16 of its rows a warp of one warpgroup: decay * state + a b, where a [16][ROWS] is the
+// warp's and b is q or k.
 template <class Sh>
 __device__ __forceinline__ void next_state(
     typename Sh::T* to, const Tile<P, Sh::N>& state, float decay, const unsigned (&a)[Sh::NB][4],
     const Tile<Sh::ROWS, Sh::N>& b, int width) {
   using Two = Pair<typename Sh::T>;
-  constexpr int N = Sh::N, kWide = N < 64 ? N : 64;
+  constexpr int N = Sh::N;
   const int lane = threadIdx.x % 32, p = threadIdx.x / 32 % 4 * 16 + lane / 4, col = lane % 4 * 2;
 #pragma unroll
-  for (int i = 0; i < N / kWide; ++i) {
-    if (Sh::NB > 4 && i % (Sh::NB / 4) != threadIdx.x / 128) continue;
-    const int n = i * kWide;
-    float acc[kWide / 8][4];
+  for (int n = 0; n < N; n += 32) {
+    float acc[4][4];
 #pragma unroll
-    for (int j = 0; j < kWide / 8; ++j)
+    for (int j = 0; j < 4; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const float2 f = Two::unpack(state.pair(p + 8 * e, n + j * 8 + col));
@@ -167,10 +172,10 @@ __device__ __forceinline__ void next_state(
     start();
 #pragma unroll
     for (int c = 0; c < Sh::NB; ++c)
-      Product<typename Sh::T, kWide>::template held<kAlong>(acc, a[c], b.descriptor(c * 16, n));
+      Product<typename Sh::T, 32>::template held<kAlong>(acc, a[c], b.descriptor(c * 16, n));
     finish();
 #pragma unroll
-    for (int j = 0; j < kWide / 8; ++j)
+    for (int j = 0; j < 4; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e)
         if (p + 8 * e < width)
@@ -182,8 +187,8 @@ __device__ __forceinline__ void next_state(
 // Every thread has the angle and the tokens that it had in Angles.
 template <class Sh>
 __device__ void angle_gradients(
-    const Angles<Sh>& angle, const float (&turned)[Sh::ROWS][Sh::NA + 4], float (&dangle)[Angles<Sh>::LONG], float* total,
-    float* per_head, float (&by_token)[4][Sh::CT], int live) {
+    const Angles<Sh>& angle, const float (&turned)[Sh::ROWS][Sh::NA + 4], const Decays<Sh>& decays, float* dangle, bool set,
+    float* total, float (&by_token)[4][Sh::CT], int live) {
   if (!Angles<Sh>::mine()) return;
   constexpr int LONG = Angles<Sh>::LONG, SEG = Angles<Sh>::SEG;
   const int index = Angles<Sh>::index();
@@ -208,11 +213,7 @@ __device__ void angle_gradients(
   for (int i = 0; i < LONG; ++i) {
     const int t = Angles<Sh>::token(i);
     const float all = c[i] + after;
-    if (per_head) {
-      if (t < live) per_head[t * Sh::NA + index] = angle.dt[i] * all;
-    } else {
-      dangle[i] += angle.dt[i] * all;
-    }
+    if (t < live) add(dangle + t * Sh::NA + index, decays.dt[t] * all, set);
     float sum = Angles<Sh>::tanh_(angle.raw[i]) * all;
 #pragma unroll
     for (int d = SEG; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
@@ -220,10 +221,10 @@ __device__ void angle_gradients(
   }
 }
 
-// Stores a warp's 16 rows [16][N] of the gradient of B or C.
+// Stores a half of a warp's 16 rows of the gradient of B or C.
 template <class Sh>
-__device__ void store_rows(
-    const float (&acc)[Sh::N / 8][4], void* to, bool whole, int per_token, int per_rank, int b, int live) {
+__device__ void store_half(
+    const float (&acc)[2][Sh::N / 32][4], int half, void* to, bool whole, int per_token, int per_rank, int b, int live) {
   using Two = Pair<typename Sh::T>;
   const int lane = threadIdx.x % 32, row = lane / 4, col = lane % 4 * 2;
 #pragma unroll
@@ -232,22 +233,17 @@ __device__ void store_rows(
     if (t >= live) continue;
     const int from = t * per_token + r / Sh::CT * per_rank + col;
 #pragma unroll
-    for (int j = 0; j < Sh::N / 8; ++j) {
-      const float x = acc[j][2 * e], y = acc[j][2 * e + 1];
-      if (whole)
-        *reinterpret_cast<unsigned*>(at<typename Sh::T>(to) + from + 8 * j) = Two::pack(x, y);
-      else
-        *reinterpret_cast<float2*>(at<float>(to) + from + 8 * j) = {x, y};
-    }
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int j = 0; j < Sh::N / 32; ++j) {
+        const int on = from + piece<Sh>(half, i) + 8 * j;
+        const float x = acc[i][j][2 * e], y = acc[i][j][2 * e + 1];
+        if (whole)
+          *reinterpret_cast<unsigned*>(at<typename Sh::T>(to) + on) = Two::pack(x, y);
+        else
+          *reinterpret_cast<float2*>(at<float>(to) + on) = {x, y};
+      }
   }
-}
-
-// Sets, then adds to, a sum over a span that this thread alone writes: so in one order, and without waiting for it.
-__device__ inline void add(float* to, float x, bool set) {
-  if (set)
-    *to = x;
-  else
-    asm volatile("red.global.add.f32 [%0], %1;" :: "l"(to), "f"(x) : "memory");
 }
 
 }  // namespace nam56r::ssd

@@ -51,8 +51,7 @@ __global__ void __launch_bounds__(R == 8 ? 256 : 128, R == 8 || N > 128 ? 1 : 2)
     const bool set = j == at_.chunks - 1;
     const int start_ = (at_.chunk + j) * CT, live = seq.length - start_;
     const long long token = seq.token + start_, in_row = seq.first + start_;
-    float dB[N / 8][4] = {};
-    float dangle[Angles<Sh>::LONG] = {};
+    float dB[2][2][N / 32][4] = {};
     for (int i = 0; i < units; ++i) {
       const int unit = g * int(a.heads_per_group) * at_.blocks + at_.split * units + i;
       const int h = unit / at_.blocks, p_first = unit % at_.blocks * P;
@@ -74,9 +73,8 @@ __global__ void __launch_bounds__(R == 8 ? 256 : 128, R == 8 || N > 128 ? 1 : 2)
       if (Angles<Sh>::mine()) {
         const float base = at<const float>(a.bases)[((at_.span * a.every + j) * H + h) * NA + Angles<Sh>::index()];
         angle.load(
-            at<const float>(a.angles) + seq.row * a.a_b + in_row * a.a_s + h * a.a_h, int(a.a_s),
-            at<const float>(a.DT) + h * a.tokens + token, live);
-        angle.turn(s.turns, base);
+            at<const float>(a.angles) + seq.row * a.a_b + in_row * a.a_s + h * a.a_h, int(a.a_s), live);
+        angle.turn(s.turns, base, at<const float>(a.DT) + h * a.tokens + token, live);
       }
       wait_copies();
       __syncthreads();
@@ -123,49 +121,38 @@ __global__ void __launch_bounds__(R == 8 ? 256 : 128, R == 8 || N > 128 ? 1 : 2)
       const float w[2] = {s.decays.w[tb * 16 + row], s.decays.w[tb * 16 + row + 8]};
       float later[2] = {};  // w's gradient
       unsigned M[NB][4], dS[NB][4];
-      {
-        const float own[2] = {own_weight(s.decays, tb * 16 + row), own_weight(s.decays, tb * 16 + row + 8)};
-        float m[ROWS / 8][4], dm[ROWS / 8][4];
+      const float own[2] = {own_weight(s.decays, tb * 16 + row), own_weight(s.decays, tb * 16 + row + 8)};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        constexpr int n = ROWS / 2;
+        float m[n / 8][4], dm[n / 8][4];
         start();
 #pragma unroll
         for (int k = 0; k < N / 16; ++k)
-          k ? Product<T, ROWS>::template shared<kAcross>(m, s.k.descriptor(first, k * 16), s.q.descriptor(0, k * 16))
-            : Product<T, ROWS>::template shared<kAcross, 0>(m, s.k.descriptor(first, 0), s.q.descriptor(0, 0));
+          k ? Product<T, n>::template shared<kAcross>(m, s.k.descriptor(first, k * 16), s.q.descriptor(half * n, k * 16))
+            : Product<T, n>::template shared<kAcross, 0>(m, s.k.descriptor(first, 0), s.q.descriptor(half * n, 0));
 #pragma unroll
         for (int k = 0; k < P / 16; ++k)
-          k ? Product<T, ROWS>::template held<kAcross>(dm, v[k], s.dys.descriptor(0, k * 16))
-            : Product<T, ROWS>::template held<kAcross, 0>(dm, v[k], s.dys.descriptor(0, 0));
+          k ? Product<T, n>::template held<kAcross>(dm, v[k], s.dys.descriptor(half * n, k * 16))
+            : Product<T, n>::template held<kAcross, 0>(dm, v[k], s.dys.descriptor(half * n, 0));
         finish();
 #pragma unroll
-        for (int tc = 0; tc < TB; ++tc) {
-          float decay[2][4];  // of what a key wrote, when the query reads it; 0 for earlier queries and its own token
+        for (int i_ = 0; i_ < NB / 2; ++i_) {
+          const int c = half * NB / 2 + i_, tc = c % TB;
 #pragma unroll
-          for (int n = 0; n < 2; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const int c = n * 8 + col + e % 2, d = c + (tc - tb) * 16 - row - e / 2 * 8;
-              const float since = exp_(s.decays.L[tc * 16 + c] - l[e / 2]);
-              decay[n][e] = d > 0 ? since : 0.f;
-            }
-#pragma unroll
-          for (int r = 0; r < R; ++r) {
-            const int c = r * TB + tc;
-#pragma unroll
-            for (int n = 0; n < 2; ++n)
-#pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                const bool same = row + e / 2 * 8 == n * 8 + col + e % 2 + (tc - tb) * 16;
-                float &x = m[2 * c + n][e], &dx = dm[2 * c + n][e];
-                later[e / 2] += x * dx * decay[n][e];
-                const float mix = same ? own[e / 2] : decay[n][e] * w[e / 2];
-                x *= mix, dx *= mix;
-              }
-            operand<T>(M[c], m[2 * c], m[2 * c + 1]);
-            operand<T>(dS[c], dm[2 * c], dm[2 * c + 1]);
+          for (int e8 = 0; e8 < 8; ++e8) {
+            const int n8 = e8 / 4, e = e8 % 4, on = n8 * 8 + col + e % 2;
+            const int d = on + (tc - tb) * 16 - row - e / 2 * 8;  // how much later the query is
+            const float since = exp_(s.decays.L[tc * 16 + on] - l[e / 2]), decay = d > 0 ? since : 0.f;
+            const float mix = d == 0 ? own[e / 2] : decay * w[e / 2];
+            float &x = m[2 * i_ + n8][e], &dx = dm[2 * i_ + n8][e];
+            later[e / 2] += x * dx * decay;
+            x *= mix, dx *= mix;
           }
+          operand<T>(M[c], m[2 * i_], m[2 * i_ + 1]);
+          operand<T>(dS[c], dm[2 * i_], dm[2 * i_ + 1]);
         }
       }
-
       {
         float dv[P / 8][4];
         start();
@@ -248,10 +235,10 @@ __global__ void __launch_bounds__(R == 8 ? 256 : 128, R == 8 || N > 128 ? 1 : 2)
             Product<T, N / 4>::template held<kAlong>(dk[n], dS[c], s.q.descriptor(c * 16, piece<Sh>(half, n)));
         finish();
         if (half == 0) turn_back<Sh>(dk, b, s.k, s.turns, s.turned);
-        add_half<Sh>(dB, dk, half, s.bias[b]);
+        add_half<Sh>(dB[half], dk, half, s.bias[b]);
       }
 
-      if (j) {  // G for the chunk before
+      if (b < 4 && j) {  // G for the chunk before
         const int p0 = b % 4 * 16;
         unsigned grown[NB][4];
 #pragma unroll
@@ -272,12 +259,14 @@ __global__ void __launch_bounds__(R == 8 ? 256 : 128, R == 8 || N > 128 ? 1 : 2)
         }
         next_state<Sh>(carried, s.G, exp_(end), grown, s.q, width);
       }
+      angle.load(at<const float>(a.angles) + seq.row * a.a_b + in_row * a.a_s + h * a.a_h, int(a.a_s), live);
       __syncthreads();
 
       // sums over ranks, tokens and angles
       if constexpr (Sh::kRanks) {
-        for (int c = threadIdx.x; c < CT * (P / 2); c += THREADS) {
-          const int t = c / (P / 2), p = c % (P / 2) * 2;
+#pragma unroll
+        for (int n = 0; n < (CT * (P / 2) + THREADS - 1) / THREADS; ++n) {
+          const int c = threadIdx.x + n * THREADS, t = c / (P / 2), p = c % (P / 2) * 2;
           float2 sum = {0.f, 0.f};
 #pragma unroll
           for (int r = 0; r < R; ++r) {
@@ -288,11 +277,14 @@ __global__ void __launch_bounds__(R == 8 ? 256 : 128, R == 8 || N > 128 ? 1 : 2)
             *reinterpret_cast<unsigned*>(at<T>(a.dx) + ((seq.row * a.S + in_row + t) * H + h) * all_p + p_first + p) =
                 Two::pack(sum.x, sum.y);
         }
-        for (int c = threadIdx.x; c < R * P; c += THREADS) {
+#pragma unroll
+        for (int n = 0; n < (R * P + THREADS - 1) / THREADS; ++n) {
+          const int c = threadIdx.x + n * THREADS;
+          if (c >= R * P || c % P >= width) continue;
           float sum = 0.f;
 #pragma unroll
           for (int e = 0; e < TB; ++e) sum += s.psi[c / P * TB + e][c % P];
-          if (c % P < width) add(at<float>(a.dpsi) + ((at_.span * H + h) * R + c / P) * all_p + p_first + c % P, sum, set);
+          add(at<float>(a.dpsi) + ((at_.span * H + h) * R + c / P) * all_p + p_first + c % P, sum, set);
         }
       }
       if (a.dD && threadIdx.x < width) {
@@ -302,41 +294,42 @@ __global__ void __launch_bounds__(R == 8 ? 256 : 128, R == 8 || N > 128 ? 1 : 2)
         add(at<float>(a.dD) + (at_.span * H + h) * all_p + p_first + threadIdx.x, sum, set);
       }
       if constexpr (Sh::kTurns) {
-        for (int c = threadIdx.x; c < R * N; c += THREADS) {
+#pragma unroll
+        for (int n = 0; n < (R * N + THREADS - 1) / THREADS; ++n) {
+          const int c = threadIdx.x + n * THREADS;
+          if (c >= R * N) continue;
           float sum = 0.f;
 #pragma unroll
           for (int e = 0; e < TB; ++e) sum += s.bias[c / N * TB + e][c % N];
           add(at<float>(a.dB_bias) + (at_.span * U + unit) * R * N + c, sum, set);
         }
+        float* to = a.angle_heads > 1 ? at<float>(a.dangle_k) + (unit * a.tokens + token) * NA
+                                      : at<float>(a.dangle_k) + ((g * a.splits + at_.split) * a.tokens + token) * NA;
         angle_gradients<Sh>(
-            angle, s.turned, dangle, at<float>(a.total_k) + ((at_.span * a.every + j) * U + unit) * NA,
-            a.angle_heads > 1 ? at<float>(a.dangle_k) + (unit * a.tokens + token) * NA : nullptr, s.by_token, live);
+            angle, s.turned, s.decays, to, i == 0 || a.angle_heads > 1,
+            at<float>(a.total_k) + ((at_.span * a.every + j) * U + unit) * NA, s.by_token, live);
       }
-      if (threadIdx.x < CT && threadIdx.x < live) {
+      const int t = int(threadIdx.x) - (THREADS - CT);
+      if (t >= 0 && t < live) {
         float sum = 0.f;
 #pragma unroll
-        for (int r = 0; r < R; ++r) sum += s.dw[r * CT + threadIdx.x];
-        at<float>(a.DW)[unit * a.tokens + token + threadIdx.x] = sum;
+        for (int r = 0; r < R; ++r) sum += s.dw[r * CT + t];
+        at<float>(a.DW)[unit * a.tokens + token + t] = sum;
       }
       if constexpr (Sh::kTurns) {
         __syncthreads();
-        if (threadIdx.x < CT && threadIdx.x < live) {
+        if (t >= 0 && t < live) {
           const float(&by)[4][CT] = s.by_token;
-          const int t = threadIdx.x;
           at<float>(a.ddt_k)[unit * a.tokens + token + t] = PI * (by[0][t] + by[1][t] + by[2][t] + by[3][t]);
         }
       }
     }
-    store_rows<Sh>(
-        dB,
-        at<char>(a.dB) + (a.splits > 1 ? 4 : 2) * (at_.split * a.dB_split + seq.row * a.dB_b + in_row * a.dB_s + g * a.dB_g),
-        a.splits == 1, int(a.dB_s), int(a.dB_r), b, live);
-    if (Angles<Sh>::mine() && a.angle_heads == 1) {
-      float* to = at<float>(a.dangle_k) + ((g * a.splits + at_.split) * a.tokens + token) * NA;
 #pragma unroll
-      for (int i = 0; i < Angles<Sh>::LONG; ++i)
-        if (Angles<Sh>::token(i) < live) to[Angles<Sh>::token(i) * NA + Angles<Sh>::index()] = dangle[i];
-    }
+    for (int half = 0; half < 2; ++half)
+      store_half<Sh>(
+          dB[half], half,
+          at<char>(a.dB) + (a.splits > 1 ? 4 : 2) * (at_.split * a.dB_split + seq.row * a.dB_b + in_row * a.dB_s + g * a.dB_g),
+          a.splits == 1, int(a.dB_s), int(a.dB_r), b, live);
   }
 }
 

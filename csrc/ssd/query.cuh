@@ -51,8 +51,7 @@ __global__ void __launch_bounds__(R == 8 ? 256 : 128, R == 8 || N > 128 ? 1 : 2)
   for (int j = 0; j < at_.chunks; ++j) {
     const int start_ = (at_.chunk + j) * CT, live = seq.length - start_;
     const long long token = seq.token + start_, in_row = seq.first + start_;
-    float dC[N / 8][4] = {};
-    float dangle[Angles<Sh>::LONG] = {};
+    float dC[2][2][N / 32][4] = {};
     for (int i = 0; i < units; ++i) {
       const int unit = g * int(a.heads_per_group) * at_.blocks + at_.split * units + i;
       const int h = unit / at_.blocks, p_first = unit % at_.blocks * P;
@@ -73,9 +72,8 @@ __global__ void __launch_bounds__(R == 8 ? 256 : 128, R == 8 || N > 128 ? 1 : 2)
       if (Angles<Sh>::mine()) {
         const float base = at<const float>(a.bases)[((at_.span * a.every + j) * H + h) * NA + Angles<Sh>::index()];
         angle.load(
-            at<const float>(a.angles) + seq.row * a.a_b + in_row * a.a_s + h * a.a_h, int(a.a_s),
-            at<const float>(a.DT) + h * a.tokens + token, live);
-        angle.turn(s.turns, base);
+            at<const float>(a.angles) + seq.row * a.a_b + in_row * a.a_s + h * a.a_h, int(a.a_s), live);
+        angle.turn(s.turns, base, at<const float>(a.DT) + h * a.tokens + token, live);
       }
       wait_copies();
       __syncthreads();
@@ -118,49 +116,39 @@ __global__ void __launch_bounds__(R == 8 ? 256 : 128, R == 8 || N > 128 ? 1 : 2)
       const int first = b / 4 * 64;  // row of the warpgroup
       unsigned M[NB][4], dS[NB][4];
       float read[2] = {}, down[2] = {};  // L's gradient through y's reading, own's
-      {
-        float m[ROWS / 8][4], dm[ROWS / 8][4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        constexpr int n = ROWS / 2;
+        float m[n / 8][4], dm[n / 8][4];
         start();
 #pragma unroll
         for (int k = 0; k < N / 16; ++k)
-          k ? Product<T, ROWS>::template shared<kAcross>(m, s.q.descriptor(first, k * 16), s.k.descriptor(0, k * 16))
-            : Product<T, ROWS>::template shared<kAcross, 0>(m, s.q.descriptor(first, 0), s.k.descriptor(0, 0));
+          k ? Product<T, n>::template shared<kAcross>(m, s.q.descriptor(first, k * 16), s.k.descriptor(half * n, k * 16))
+            : Product<T, n>::template shared<kAcross, 0>(m, s.q.descriptor(first, 0), s.k.descriptor(half * n, 0));
 #pragma unroll
         for (int k = 0; k < P / 16; ++k)
-          k ? Product<T, ROWS>::template held<kAcross>(dm, dy[k], v.descriptor(0, k * 16))
-            : Product<T, ROWS>::template held<kAcross, 0>(dm, dy[k], v.descriptor(0, 0));
+          k ? Product<T, n>::template held<kAcross>(dm, dy[k], v.descriptor(half * n, k * 16))
+            : Product<T, n>::template held<kAcross, 0>(dm, dy[k], v.descriptor(half * n, 0));
         finish();
 #pragma unroll
-        for (int tc = 0; tc < TB; ++tc) {
-          float mix[2][4];
+        for (int i_ = 0; i_ < NB / 2; ++i_) {
+          const int c = half * NB / 2 + i_, tc = c % TB;
 #pragma unroll
-          for (int n = 0; n < 2; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const int c = n * 8 + col + e % 2, d = row + e / 2 * 8 + (tb - tc) * 16 - c, from = tc * 16 + c;
-              const float below = exp_(l[e / 2] - s.decays.L[from]) * s.decays.w[from];
-              mix[n][e] = d > 0 ? below : d == 0 ? own_weight(s.decays, from) : 0.f;
-            }
-#pragma unroll
-          for (int r = 0; r < R; ++r) {
-            const int c = r * TB + tc;
-#pragma unroll
-            for (int n = 0; n < 2; ++n)
-#pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                const bool same = row + e / 2 * 8 + (tb - tc) * 16 == n * 8 + col + e % 2;
-                float &x = m[2 * c + n][e], &dx = dm[2 * c + n][e];
-                const float both = x * dx;
-                down[e / 2] += same ? both : 0.f;
-                read[e / 2] += same ? 0.f : both * mix[n][e];
-                x *= mix[n][e], dx *= mix[n][e];
-              }
-            operand<T>(M[c], m[2 * c], m[2 * c + 1]);
-            operand<T>(dS[c], dm[2 * c], dm[2 * c + 1]);
+          for (int e8 = 0; e8 < 8; ++e8) {
+            const int n8 = e8 / 4, e = e8 % 4, on = n8 * 8 + col + e % 2, from = tc * 16 + on;
+            const int d = row + e / 2 * 8 + (tb - tc) * 16 - on;
+            const float below = exp_(l[e / 2] - s.decays.L[from]) * s.decays.w[from];
+            const float mix = d > 0 ? below : d == 0 ? own_weight(s.decays, from) : 0.f;
+            float &x = m[2 * i_ + n8][e], &dx = dm[2 * i_ + n8][e];
+            const float both = x * dx;
+            down[e / 2] += d == 0 ? both : 0.f;
+            read[e / 2] += d == 0 ? 0.f : both * mix;
+            x *= mix, dx *= mix;
           }
+          operand<T>(M[c], m[2 * i_], m[2 * i_ + 1]);
+          operand<T>(dS[c], dm[2 * i_], dm[2 * i_ + 1]);
         }
       }
-
       {
         float Y[P / 8][4];
         start();
@@ -247,10 +235,10 @@ __global__ void __launch_bounds__(R == 8 ? 256 : 128, R == 8 || N > 128 ? 1 : 2)
             Product<T, N / 4>::template held<kAlong>(dq[n], dS[c], s.k.descriptor(c * 16, piece<Sh>(half, n)));
         finish();
         if (half == 0) turn_back<Sh>(dq, b, s.q, s.turns, s.turned);
-        add_half<Sh>(dC, dq, half, s.bias[b]);
+        add_half<Sh>(dC[half], dq, half, s.bias[b]);
       }
 
-      if (j + 1 < at_.chunks) {  // the state for the next chunk
+      if (b < 4 && j + 1 < at_.chunks) {  // the state for the next chunk
         const int p0 = b % 4 * 16;
         const float end = s.decays.L[CT - 1];
         unsigned weighed[NB][4];
@@ -278,13 +266,15 @@ __global__ void __launch_bounds__(R == 8 ? 256 : 128, R == 8 || N > 128 ? 1 : 2)
         }
         next_state<Sh>(at<T>(a.carried) + state, s.S, exp_(end), weighed, s.k, width);
       }
+      angle.load(at<const float>(a.angles) + seq.row * a.a_b + in_row * a.a_s + h * a.a_h, int(a.a_s), live);
       __syncthreads();
 
       // sums over ranks, tokens and angles
       if constexpr (Sh::kRanks) {
         if (gated)
-          for (int c = threadIdx.x; c < CT * (P / 2); c += THREADS) {
-            const int t = c / (P / 2), p = c % (P / 2) * 2;
+#pragma unroll
+          for (int n = 0; n < (CT * (P / 2) + THREADS - 1) / THREADS; ++n) {
+            const int c = threadIdx.x + n * THREADS, t = c / (P / 2), p = c % (P / 2) * 2;
             float2 sum = {0.f, 0.f};
 #pragma unroll
             for (int r = 0; r < R; ++r) {
@@ -295,54 +285,56 @@ __global__ void __launch_bounds__(R == 8 ? 256 : 128, R == 8 || N > 128 ? 1 : 2)
               *reinterpret_cast<unsigned*>(at<T>(a.dz) + ((seq.row * a.S + in_row + t) * H + h) * all_p + p_first + p) =
                   Two::pack(sum.x, sum.y);
           }
-        for (int c = threadIdx.x; c < R * P; c += THREADS) {
-          const int r = c / P, p = c % P;
+#pragma unroll
+        for (int n = 0; n < (R * P + THREADS - 1) / THREADS; ++n) {
+          const int c = threadIdx.x + n * THREADS, r = c / P, p = c % P;
+          if (c >= R * P || p >= width) continue;
           float of_phi = 0.f, of_zeta = 0.f;
 #pragma unroll
           for (int i = 0; i < TB; ++i) of_phi += s.phi[r * TB + i][p], of_zeta += s.zeta[r * TB + i][p];
           const long long to = ((at_.span * H + h) * R + r) * all_p + p_first + p;
-          if (p >= width) continue;
           add(at<float>(a.dphi) + to, of_phi, j == 0);
           if (gated) add(at<float>(a.dzeta) + to, of_zeta, j == 0);
         }
       }
       if constexpr (Sh::kTurns) {
-        for (int c = threadIdx.x; c < R * N; c += THREADS) {
+#pragma unroll
+        for (int n = 0; n < (R * N + THREADS - 1) / THREADS; ++n) {
+          const int c = threadIdx.x + n * THREADS;
+          if (c >= R * N) continue;
           float sum = 0.f;
 #pragma unroll
           for (int i = 0; i < TB; ++i) sum += s.bias[c / N * TB + i][c % N];
           add(at<float>(a.dC_bias) + (at_.span * U + unit) * R * N + c, sum, j == 0);
         }
+        float* to = a.angle_heads > 1 ? at<float>(a.dangle_q) + (unit * a.tokens + token) * NA
+                                      : at<float>(a.dangle_q) + ((g * a.splits + at_.split) * a.tokens + token) * NA;
         angle_gradients<Sh>(
-            angle, s.turned, dangle, at<float>(a.total_q) + ((at_.span * a.every + j) * U + unit) * NA,
-            a.angle_heads > 1 ? at<float>(a.dangle_q) + (unit * a.tokens + token) * NA : nullptr, s.by_token, live);
+            angle, s.turned, s.decays, to, i == 0 || a.angle_heads > 1,
+            at<float>(a.total_q) + ((at_.span * a.every + j) * U + unit) * NA, s.by_token, live);
       }
-      if (threadIdx.x < CT && threadIdx.x < live) {
+      const int t = int(threadIdx.x) - (THREADS - CT);
+      if (t >= 0 && t < live) {
         float read_ = 0.f, down_ = 0.f;
 #pragma unroll
-        for (int r = 0; r < R; ++r) read_ += s.dq[r * CT + threadIdx.x], down_ += s.down[r * CT + threadIdx.x];
-        at<float>(a.DQ)[unit * a.tokens + token + threadIdx.x] = read_;
-        at<float>(a.DOWN)[unit * a.tokens + token + threadIdx.x] = down_;
+        for (int r = 0; r < R; ++r) read_ += s.dq[r * CT + t], down_ += s.down[r * CT + t];
+        at<float>(a.DQ)[unit * a.tokens + token + t] = read_;
+        at<float>(a.DOWN)[unit * a.tokens + token + t] = down_;
       }
       if constexpr (Sh::kTurns) {
         __syncthreads();
-        if (threadIdx.x < CT && threadIdx.x < live) {
+        if (t >= 0 && t < live) {
           const float(&by)[4][CT] = s.by_token;
-          const int t = threadIdx.x;
           at<float>(a.ddt_q)[unit * a.tokens + token + t] = PI * (by[0][t] + by[1][t] + by[2][t] + by[3][t]);
         }
       }
     }
-    store_rows<Sh>(
-        dC,
-        at<char>(a.dC) + (a.splits > 1 ? 4 : 2) * (at_.split * a.dC_split + seq.row * a.dC_b + in_row * a.dC_s + g * a.dC_g),
-        a.splits == 1, int(a.dC_s), int(a.dC_r), b, live);
-    if (Angles<Sh>::mine() && a.angle_heads == 1) {
-      float* to = at<float>(a.dangle_q) + ((g * a.splits + at_.split) * a.tokens + token) * NA;
 #pragma unroll
-      for (int i = 0; i < Angles<Sh>::LONG; ++i)
-        if (Angles<Sh>::token(i) < live) to[Angles<Sh>::token(i) * NA + Angles<Sh>::index()] = dangle[i];
-    }
+    for (int half = 0; half < 2; ++half)
+      store_half<Sh>(
+          dC[half], half,
+          at<char>(a.dC) + (a.splits > 1 ? 4 : 2) * (at_.split * a.dC_split + seq.row * a.dC_b + in_row * a.dC_s + g * a.dC_g),
+          a.splits == 1, int(a.dC_s), int(a.dC_r), b, live);
   }
 }
 

@@ -32,20 +32,23 @@ struct Turns {  // of a chunk; rows padded so that eight angles of neighbouring 
 
 template <class Sh>
 struct Decays {
-  float L[Sh::CT], w[Sh::CT], own[Sh::CT];  // L past the end is that of the last token
+  float L[Sh::CT], w[Sh::CT], own[Sh::CT], dt[Sh::CT];  // L past the end is that of the last token
 };
 
-// Calls f(row, column) for all that this lane copies and turns of a block of 16 rows: 8 columns from `column` on, and 8
-// from each of column + N / 2, and for MIMO + N / 4 and + 3 N / 4. What is turned is the first, for MIMO with the second.
+// Calls f(row, column) for all that this lane copies and turns of a chunk's rows: 8 columns from `column` on, and 8 from
+// each of column + N / 2, and for MIMO + N / 4 and + 3 N / 4. What is turned is the first, for MIMO with the second.
 // The eight lanes that access shared memory at a time have units in different banks.
-template <class Sh, typename F>
-__device__ __forceinline__ void over_block(int block, F f) {
-  constexpr int kUnits = Sh::MODEL == kMimo ? Sh::N / 32 : Sh::N / 16, kRows = 32 / kUnits;
+template <class Sh, int WARPS, typename F>
+__device__ __forceinline__ void over_rows(F f) {
+  constexpr int kUnits = Sh::MODEL == kMimo ? Sh::N / 32 : Sh::N / 16, kRows = 32 / kUnits < 16 ? 32 / kUnits : 16;
   const int lane = threadIdx.x % 32, i = lane / kUnits, column = lane % kUnits * 8;
   const int row = kUnits == 4 ? i % 2 * 4 + i / 2 : kUnits == 2 ? i / 8 * 8 + i / 4 % 2 + i % 4 * 2 : i;
+  constexpr int kPasses = Sh::ROWS / kRows;
 #pragma unroll
-  for (int first = 0; first < 16; first += kRows)
-    if (kRows <= 16 || lane < 16) f(block * 16 + first + row, column);
+  for (int n = 0; n < (kPasses + WARPS - 1) / WARPS; ++n) {
+    const int pass = threadIdx.x / 32 + n * WARPS;
+    if ((kPasses % WARPS == 0 || pass < kPasses) && (kUnits > 1 || lane < 16)) f(pass * kRows + row, column);
+  }
 }
 
 // Starts copying a chunk's rows of B or C; `from` is at its first token, `live` counts its tokens.
@@ -53,17 +56,13 @@ template <class Sh, int WARPS>
 __device__ __forceinline__ void copy_rows(
     Tile<Sh::ROWS, Sh::N>& tile, const typename Sh::T* from, int per_token, int per_rank, int live) {
   constexpr int N = Sh::N;
-#pragma unroll
-  for (int block = threadIdx.x / 32; block < Sh::NB; block += WARPS) {
-    const int before = block % Sh::TB * 16;
-    over_block<Sh>(block, [&](int row, int column) {
-      const int token = before + row - block * 16;
-      const typename Sh::T* at_row = from + block / Sh::TB * per_rank + token * per_token + column;
-      const auto copy = [&](int on) { copy16(tile.unit(row, column + on), at_row + on, token < live); };
-      copy(0), copy(N / 2);
-      if constexpr (Sh::MODEL == kMimo) copy(N / 4), copy(3 * N / 4);
-    });
-  }
+  over_rows<Sh, WARPS>([&](int row, int column) {
+    const int token = row % Sh::CT;
+    const typename Sh::T* at_row = from + row / Sh::CT * per_rank + token * per_token + column;
+    const auto copy = [&](int on) { copy16(tile.unit(row, column + on), at_row + on, token < live); };
+    copy(0), copy(N / 2);
+    if constexpr (Sh::MODEL == kMimo) copy(N / 4), copy(3 * N / 4);
+  });
 }
 
 template <class Sh, int THREADS>
@@ -84,7 +83,10 @@ __device__ __forceinline__ void copy_decays(Decays<Sh>& to, const Arguments& a, 
   if (i < Sh::CT) {
     copy4(&to.L[i], at<const float>(a.L) + from + min(i, live - 1), true);
     copy4(&to.w[i], at<const float>(a.W) + from + i, i < live);
-    if (Sh::MODEL != kMamba2) copy4(&to.own[i], at<const float>(a.OWN) + from + i, i < live);
+    if (Sh::MODEL != kMamba2) {
+      copy4(&to.own[i], at<const float>(a.OWN) + from + i, i < live);
+      copy4(&to.dt[i], at<const float>(a.DT) + from + i, i < live);
+    }
   }
 }
 
@@ -137,46 +139,42 @@ __device__ __forceinline__ void turn_rows(
   using T = typename Sh::T;
   constexpr int N = Sh::N, kAngles = Sh::MODEL == kMimo ? 8 : 4, kPieces = Sh::MODEL == kMimo ? 4 : 2;
   constexpr int kOn[4] = {0, N / 2, N / 4, 3 * N / 4};
-  if constexpr (Sh::kTurns) {
+  if constexpr (Sh::kTurns)
+    over_rows<Sh, WARPS>([&](int row, int column) {
+      const int rank = row / Sh::CT, token = row % Sh::CT;
+      uint4 raw[2][kPieces];  // all loads before the first store
 #pragma unroll
-    for (int block = threadIdx.x / 32; block < Sh::NB; block += WARPS) {
-      const int rank = block / Sh::TB;
-      over_block<Sh>(block, [&](int row, int column) {
-        uint4 raw[2][kPieces];  // all loads before the first store
+      for (int i = 0; i < kPieces; ++i) {
+        raw[0][i] = get16(q.unit(row, column + kOn[i]));
+        if (k) raw[1][i] = get16(k->unit(row, column + kOn[i]));
+      }
+      float cos[kAngles], sin[kAngles];
+      load(cos, &turns.cos[token][column * kAngles / 8]);
+      load(sin, &turns.sin[token][column * kAngles / 8]);
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+        if (which && !k) break;
+        const float* bias = which ? biases.k[rank] : biases.q[rank];
+        float x[kPieces][8];
 #pragma unroll
         for (int i = 0; i < kPieces; ++i) {
-          raw[0][i] = get16(q.unit(row, column + kOn[i]));
-          if (k) raw[1][i] = get16(k->unit(row, column + kOn[i]));
+          float more[8];
+          unpack8<T>(x[i], raw[which][i]);
+          load(more, bias + column + kOn[i]);
+#pragma unroll
+          for (int e = 0; e < 8; ++e) x[i][e] += more[e];
         }
-        float cos[kAngles], sin[kAngles];
-        load(cos, &turns.cos[row - rank * Sh::CT][column * kAngles / 8]);
-        load(sin, &turns.sin[row - rank * Sh::CT][column * kAngles / 8]);
 #pragma unroll
-        for (int which = 0; which < 2; ++which) {
-          if (which && !k) break;
-          const float* bias = which ? biases.k[rank] : biases.q[rank];
-          float x[kPieces][8];
-#pragma unroll
-          for (int i = 0; i < kPieces; ++i) {
-            float more[8];
-            unpack8<T>(x[i], raw[which][i]);
-            load(more, bias + column + kOn[i]);
-#pragma unroll
-            for (int e = 0; e < 8; ++e) x[i][e] += more[e];
-          }
-#pragma unroll
-          for (int e = 0; e < kAngles; ++e) {
-            float& a = Sh::MODEL == kMimo ? x[0][e] : x[0][2 * e];
-            float& b = Sh::MODEL == kMimo ? x[1][e] : x[0][2 * e + 1];
-            const float turned = a * cos[e] - b * sin[e];
-            b = a * sin[e] + b * cos[e], a = turned;
-          }
-#pragma unroll
-          for (int i = 0; i < kPieces; ++i) put16((which ? *k : q).unit(row, column + kOn[i]), pack8<T>(x[i]));
+        for (int e = 0; e < kAngles; ++e) {
+          float& a = Sh::MODEL == kMimo ? x[0][e] : x[0][2 * e];
+          float& b = Sh::MODEL == kMimo ? x[1][e] : x[0][2 * e + 1];
+          const float turned = a * cos[e] - b * sin[e];
+          b = a * sin[e] + b * cos[e], a = turned;
         }
-      });
-    }
-  }
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) put16((which ? *k : q).unit(row, column + kOn[i]), pack8<T>(x[i]));
+      }
+    });
 }
 
 // A unit's parameters: psi, zeta and phi [R][P] (1 where they are missing) and D [P] (0).
@@ -203,35 +201,63 @@ __device__ __forceinline__ void copy_parameters(Parameters<Sh>& to, const Argume
   }
 }
 
+// x * scale[rank], and dy * phi[rank] * silu(z * zeta[rank]), of every rank, as operands; without ranks `to` may be `from`.
+template <class Sh, int THREADS>
+__device__ __forceinline__ void spread(
+    Tile<Sh::ROWS, P>& to, const Tile<Sh::CT, P>& from, const float (&scale)[Sh::kRanks ? Sh::R : 1][P],
+    const Tile<Sh::CT, P>* z, const float (&zeta)[Sh::kRanks ? Sh::R : 1][P]) {
+  using T = typename Sh::T;
+#pragma unroll
+  for (int n = 0; n < Sh::ROWS * (P / 8) / THREADS; ++n) {
+    const int i = threadIdx.x + n * THREADS, row = i / (P / 8), c = i % (P / 8) * 8, t = row % Sh::CT, rank = row / Sh::CT;
+    float x[8], more[8];
+    unpack8<T>(x, get16(from.unit(t, c)));
+    if constexpr (Sh::kRanks) {
+      load(more, &scale[rank][c]);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) x[e] *= more[e];
+    }
+    if (z) {
+      float gate[8];
+      unpack8<T>(gate, get16(z->unit(t, c)));
+      if constexpr (Sh::kRanks) load(more, &zeta[rank][c]);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        const float g = Sh::kRanks ? gate[e] * more[e] : gate[e];
+        x[e] *= g * sigmoid(g);
+      }
+    }
+    put16(to.unit(row, c), pack8<T>(x));
+  }
+}
+
 // The angles of a chunk: 128 threads, SEG of them an angle, LONG tokens each. An angle is kept in revolutions, of which
 // a token adds tanh(angle) dt / 2: mod 2 pi is a floor, and exact.
 template <class Sh>
 struct Angles {
   static constexpr int LONG = Sh::kTurns ? Sh::LONG : 1, SEG = Sh::kTurns ? Sh::SEG : 1;
-  float raw[LONG], dt[LONG];
+  float raw[LONG];
 
   __device__ static bool mine() { return Sh::kTurns && threadIdx.x < 128; }
   __device__ static int index() { return threadIdx.x / SEG; }
   __device__ static int token(int i) { return threadIdx.x % SEG * LONG + i; }
 
-  // `angles` and `dt` at the chunk's first token.
-  __device__ void load(const float* angles, int per_token, const float* steps, int live) {
+  // `angles` at the chunk's first token.
+  __device__ void load(const float* angles, int per_token, int live) {
     if (!mine()) return;
 #pragma unroll
-    for (int i = 0; i < LONG; ++i) {
-      const bool inside = token(i) < live;
-      raw[i] = inside ? angles[token(i) * per_token + index()] : 0.f;
-      dt[i] = inside ? steps[token(i)] : 0.f;
-    }
+    for (int i = 0; i < LONG; ++i) raw[i] = token(i) < live ? angles[token(i) * per_token + index()] : 0.f;
   }
   __device__ static float tanh_(float x) { return 1.f - 2.f * reciprocal(1.f + exp_(2.f * x)); }
 
-  // Fills turns; gives the chunk's revolutions.
-  __device__ float turn(Turns<Sh>& turns, float base) const {
+  // Fills turns; gives the chunk's revolutions. `steps` at the chunk's first token.
+  __device__ float turn(Turns<Sh>& turns, float base, const float* steps, int live) const {
     if (!mine()) return 0.f;
     float sum[LONG];
 #pragma unroll
-    for (int i = 0; i < LONG; ++i) sum[i] = (i ? sum[i - 1] : 0.f) + 0.5f * tanh_(raw[i]) * dt[i];
+    for (int i = 0; i < LONG; ++i) sum[i] = token(i) < live ? steps[token(i)] : 0.f;
+#pragma unroll
+    for (int i = 0; i < LONG; ++i) sum[i] = (i ? sum[i - 1] : 0.f) + 0.5f * tanh_(raw[i]) * sum[i];
     float before = sum[LONG - 1];
 #pragma unroll
     for (int d = 1; d < SEG; d *= 2) {
