@@ -19,11 +19,14 @@ MODULE = "nam56r.kernels._C"
 RECORD = Path(__file__).with_name("_build.txt")
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # a traced program asks too, and neither imports nor sys.modules can be traced
 def load() -> str | None:
     """Load the extension, once. None when it is loaded, else the reason why it isn't, in one line."""
-    if MODULE in sys.modules:  # torch.compile can't trace an import
-        return None
+    return _load()
+
+
+@functools.cache
+def _load() -> str | None:
     try:
         importlib.import_module(MODULE)
     except ModuleNotFoundError:
@@ -34,6 +37,7 @@ def load() -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
 def archs() -> tuple[str, ...]:
     """The architectures that the loaded extension holds code for, such as ("90a",); empty when it isn't loaded."""
     return () if load() else tuple(sys.modules[MODULE].ARCHS.split())

@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import types
 import zipfile
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
+import torch
 
 from nam56r.kernels import extension
 from nam56r.kernels.registry import DEVICES, Device, Problem
@@ -206,7 +208,7 @@ def test_an_extension_that_is_not_there_says_why(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, extension.MODULE, raising=False)
     monkeypatch.setattr(extension.importlib, "import_module", missing)
     monkeypatch.setattr(extension, "RECORD", tmp_path / "_build.txt")
-    monkeypatch.setattr(extension, "load", extension.load.__wrapped__)
+    monkeypatch.setattr(extension, "load", extension._load.__wrapped__)
     assert reason(DEVICES["h200"]) == ("CUDA extension not built",)
     extension.RECORD.write_text("not built: no nvcc on PATH and no CUDA_HOME\n")
     assert reason(DEVICES["h200"]) == ("CUDA extension not built: no nvcc on PATH and no CUDA_HOME",)
@@ -221,7 +223,29 @@ def test_an_extension_that_does_not_load_says_why(monkeypatch):
 
     monkeypatch.delitem(sys.modules, extension.MODULE, raising=False)
     monkeypatch.setattr(extension.importlib, "import_module", broken)
-    assert extension.load.__wrapped__() == "built, but does not load: libcudart.so.13: cannot open shared object file"
+    assert extension._load.__wrapped__() == "built, but does not load: libcudart.so.13: cannot open shared object file"
+
+
+class Lazy(types.ModuleType):
+    """A module that imports another when it is looked at."""
+
+    def __getattribute__(self, name):
+        sys.modules[f"{__name__}.imported_{len(sys.modules)}"] = sys
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("ask", [lambda problem: len(extension.reason(problem)), lambda _: len(extension.archs())])
+def test_a_traced_program_asks_for_the_extension(ask, monkeypatch):
+    """In one graph, though modules are imported meanwhile: dynamo can trace neither an import nor sys.modules."""
+    problem = Problem.of("causal_conv1d", device=DEVICES["h200"])
+    monkeypatch.setitem(sys.modules, "nam56r_lazy", Lazy("nam56r_lazy"))
+    torch._dynamo.reset()
+    try:
+        traced = torch.compile(lambda x: x + ask(problem), fullgraph=True, backend="eager")
+        assert traced(torch.zeros(1)).item() == ask(problem)
+    finally:
+        for name in [name for name in sys.modules if name.startswith(f"{__name__}.imported_")]:
+            del sys.modules[name]
 
 
 def test_the_record_tells_of_the_extension_here():

@@ -47,6 +47,19 @@ __device__ inline void commit() { asm volatile("cp.async.commit_group;" ::: "mem
 template <int kNewer = 0>  // all but the groups committed last
 __device__ inline void wait_copies() { asm volatile("cp.async.wait_group %0;" :: "n"(kNewer) : "memory"); }
 
+// Barriers by number, of `threads` that wait or have only arrived. In forward and carry: a stage's tiles are there, a stage
+// is free (two of each), the warpgroup of products is at one point, the one that turns is.
+constexpr int kFull = 1, kEmpty = 3, kScores = 5, kTurning = 6;
+__device__ inline void wait_at(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" :: "r"(number), "r"(threads) : "memory");
+}
+__device__ inline void arrive_at(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;" :: "r"(number), "r"(threads) : "memory");
+}
+// Registers move from one warpgroup to another; both calls leave 65536 in all where two blocks of 256 threads share an SM.
+__device__ inline void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 176;"); }
+__device__ inline void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 80;"); }
+
 // A tile of 16-bit elements in shared memory, 64 columns after 64 columns, as wgmma reads it with its 128-byte swizzle:
 // the eight 16-byte units of a row of 64 lie in the order unit ^ row % 8, so that 8 rows' units lie in different banks.
 // A warp's lane 4 g + t holds of an accumulator [16][8] the columns 2 t, 2 t + 1 of the rows g (0, 1) and g + 8 (2, 3).

@@ -1,12 +1,12 @@
-// The forward scan: y and the final state, one block (a warpgroup) a sequence and unit (head, or 64 columns of one).
+// The forward scan: y and the final state, one block of two warpgroups a sequence and unit (head, or 64 columns of one).
 //
 // With L_t the log decay summed since the chunk's start, and mix_ts = e^(L_t - L_s) w_s for s < t, own_t for s = t:
 //   scores = q k^T   y^T = v^T (mix * scores)^T + e^L (S q^T) + D v^T   S <- e^(L_end) S + (e^(L_end - L) w v)^T k
-// All four are wgmma. y is made transposed, [P, rows], so that S [P, N], which stays in registers in fp32, is, rounded,
-// the A operand of S q^T as it lies there, and so that a thread has all ranks of its tokens: the sum over ranks is its own.
-// Shared memory: q and k, twice where two blocks then still fit an SM (the next chunk's are copied during this one and
-//   turned behind it); x, z, which y leaves through; the scores; the angles.
-// Bound: issue slots; turning, gates and decays are most instructions. Two barriers a chunk.
+// One warpgroup makes q and k, a chunk ahead: copies B and C, adds the biases, turns them. The other has all four
+// products. y is made transposed, [P, rows], so that S [P, N], which stays in registers in fp32, is, rounded, the A operand
+// of S q^T as it lies there, and so that a thread has all ranks of its tokens: the sum over ranks is its own.
+// Shared memory: q and k, twice where two blocks then still fit an SM; x, z, which y leaves through; the scores; the angles.
+// Bound: issue slots: turning on the one side, decays and gates on the other.
 #pragma once
 
 #include "ssd/tiles.cuh"
@@ -29,29 +29,69 @@ struct ForwardShared {
 };
 
 template <typename T, int MODEL, int R, int N>
-__global__ void __launch_bounds__(128, N > 128 || R > 4 ? 1 : 2) forward(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(256, N > 128 || R > 4 ? 1 : 2) forward(const __grid_constant__ Arguments a) {
   using Sh = Shape<T, MODEL, R, N>;
   using Two = Pair<T>;
-  constexpr int CT = Sh::CT, TB = Sh::TB, NB = Sh::NB, NA = Sh::NA, ROWS = Sh::ROWS, THREADS = 128;
+  using Angle = Angles<Sh, 1>;
+  constexpr int CT = Sh::CT, TB = Sh::TB, NB = Sh::NB, NA = Sh::NA, ROWS = Sh::ROWS;
+  constexpr bool kMoves = N <= 128 && R <= 4;
   extern __shared__ __align__(1024) char bytes[];
   auto& s = *reinterpret_cast<ForwardShared<Sh>*>(bytes);
   constexpr int kStages = ForwardShared<Sh>::kStages;
 
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, col = lane % 4 * 2;
   const int H = int(a.H), all_p = int(a.P), every = int(a.every), blocks = gridDim.x / H;
   const int h = blockIdx.x / blocks, p_first = blockIdx.x % blocks * P, width = min(P, all_p), g = h / int(a.heads_per_group);
   const Sequence seq = sequence(a, blockIdx.y);
   const int chunks = (seq.length + CT - 1) / CT;
   const long long unit = (long long)blockIdx.y * H + h, tokens = h * a.tokens + seq.token;
+  const long long span = first_span(a, blockIdx.y);
+
+  copy_biases<Sh, 256>(s.biases, a, h);
+  copy_parameters<Sh, 256>(s.parameters, a, h, p_first, width);
+  commit();
+  wait_copies();
+  __syncthreads();
+
+  if (threadIdx.x >= 128) {
+    if constexpr (kMoves) give_registers();
+    const T* B = at<const T>(a.B) + seq.row * a.B_b + seq.first * a.B_s + g * a.B_g;
+    const T* C = at<const T>(a.C) + seq.row * a.C_b + seq.first * a.C_s + g * a.C_g;
+    const float* angles = at<const float>(a.angles) + seq.row * a.a_b + seq.first * a.a_s + h * a.a_h;
+    const float* steps = at<const float>(a.DT) + tokens;
+    Angle angle;
+    float base = 0.f;
+    if (a.angle && Angle::mine())
+      base = fraction(at<const float>(a.angle)[unit * NA + Angle::index()] * 0.15915494309189535f);
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      auto& to = s.stage[chunk % kStages];
+      const int t = chunk * CT, live = seq.length - t;
+      if (chunk >= kStages) wait_at(kEmpty + chunk % kStages, 256);
+      copy_rows<Sh, 4>(to.q, C + t * a.C_s, int(a.C_s), int(a.C_r), live);
+      copy_rows<Sh, 4>(to.k, B + t * a.B_s, int(a.B_s), int(a.B_r), live);
+      copy_decays<Sh>(s.decays[chunk % kStages], a, tokens + t, live);
+      commit();
+      if constexpr (Sh::kTurns) {
+        angle.load(angles + t * a.a_s, int(a.a_s), live);
+        if (a.save && threadIdx.x % Angle::SEG == 0 && p_first == 0)
+          at<float>(a.bases)[((span * every + chunk) * H + h) * NA + Angle::index()] = base;
+        wait_at(kTurning, 128);  // the chunk before is turned
+        base = fraction(base + angle.turn(s.turns, base, steps + t, live));
+      }
+      wait_copies();
+      wait_at(kTurning, 128);
+      turn_rows<Sh, 4>(to.q, &to.k, s.biases, s.turns);
+      publish();
+      arrive_at(kFull + chunk % kStages, 256);
+    }
+    if (Sh::kTurns && chunks && p_first == 0 && threadIdx.x % Angle::SEG == 0)
+      at<float>(a.final_angle)[unit * NA + Angle::index()] = base * 6.283185307179586f;
+  } else {
+  if constexpr (kMoves) take_registers();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, col = lane % 4 * 2;
   const T* x = at<const T>(a.x) + seq.row * a.x_b + seq.first * a.x_s + h * a.x_h + p_first;
   const T* z = at<const T>(a.z) + seq.row * a.z_b + seq.first * a.z_s + h * a.z_h + p_first;
-  const T* B = at<const T>(a.B) + seq.row * a.B_b + seq.first * a.B_s + g * a.B_g;
-  const T* C = at<const T>(a.C) + seq.row * a.C_b + seq.first * a.C_s + g * a.C_g;
-  const float* angles = at<const float>(a.angles) + seq.row * a.a_b + seq.first * a.a_s + h * a.a_h;
-  const float* steps = at<const float>(a.DT) + tokens;
   T* y = at<T>(a.y) + ((seq.row * a.S + seq.first) * H + h) * all_p + p_first;
   const int y_s = H * all_p;
-  const long long span = first_span(a, blockIdx.y);
   const bool gated = a.z;
 
   // the thread's columns of P: p[0] and p[1]
@@ -67,54 +107,21 @@ __global__ void __launch_bounds__(128, N > 128 || R > 4 ? 1 : 2) forward(const _
           const float2 v = *reinterpret_cast<const float2*>(at<const float>(a.state) + state + 8 * e * N + 8 * j);
           S[j][2 * e] = v.x, S[j][2 * e + 1] = v.y;
         }
-
-  const auto copy = [&](int chunk) {
+  const auto parameter = [&](const auto& of, int r, int e) { return Sh::kRanks ? of[r][p[e]] : 1.f; };
+  const auto copy = [&](int chunk) {  // what only this warp reads
     const int t = chunk * CT, live = seq.length - t;
-    copy_rows<Sh, 4>(s.stage[chunk % kStages].q, C + t * a.C_s, int(a.C_s), int(a.C_r), live);
-    copy_rows<Sh, 4>(s.stage[chunk % kStages].k, B + t * a.B_s, int(a.B_s), int(a.B_r), live);
-    copy_decays<Sh>(s.decays[chunk % kStages], a, tokens + t, live);
+    copy_columns<Sh>(s.x, x + t * a.x_s, int(a.x_s), live, p0, width);
+    if (gated) copy_columns<Sh>(s.z, z + t * a.z_s, int(a.z_s), live, p0, width);
     commit();
   };
-  Angles<Sh> angle;
-  float base = 0.f;
-  if (a.angle && Angles<Sh>::mine())
-    base = fraction(at<const float>(a.angle)[unit * NA + Angles<Sh>::index()] * 0.15915494309189535f);
-  const auto turns = [&](int chunk) {
-    if (a.save && Angles<Sh>::mine() && threadIdx.x % Angles<Sh>::SEG == 0 && p_first == 0)
-      at<float>(a.bases)[((span * every + chunk) * H + h) * NA + Angles<Sh>::index()] = base;
-    base = fraction(base + angle.turn(s.turns, base, steps + chunk * CT, seq.length - chunk * CT));
-  };
-  const auto load_angles = [&](int chunk) {
-    if (Sh::kTurns)
-      angle.load(angles + chunk * CT * a.a_s, int(a.a_s), seq.length - chunk * CT);
-  };
-  const auto turn = [&](int chunk) {
-    auto& to = s.stage[chunk % kStages];
-    turn_rows<Sh, 4>(to.q, &to.k, s.biases, s.turns);
-    publish();
-  };
 
-  if (chunks) {
-    copy_biases<Sh, THREADS>(s.biases, a, h);
-    copy_parameters<Sh, THREADS>(s.parameters, a, h, p_first, width);
-    copy(0);
-    if (Sh::kTurns) load_angles(0), turns(0);
-    wait_copies();
-    __syncthreads();
-    turn(0);
-  }
-  const auto parameter = [&](const auto& of, int r, int e) { return Sh::kRanks ? of[r][p[e]] : 1.f; };
+  if (chunks) copy(0);
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const auto& in = s.stage[chunk % kStages];
     const auto& decays = s.decays[chunk % kStages];
-    const bool more = chunk + 1 < chunks;
-    __syncthreads();  // q, k of this chunk are turned; the other stage, x, z and the angles are free
-    copy_tokens<Sh, THREADS>(s.x, x + chunk * CT * a.x_s, int(a.x_s), seq.length - chunk * CT, width);
-    if (gated) copy_tokens<Sh, THREADS>(s.z, z + chunk * CT * a.z_s, int(a.z_s), seq.length - chunk * CT, width);
-    commit();
-    if (kStages == 2 && more) copy(chunk + 1);
-    if (more) load_angles(chunk + 1);
-    // scores, by rows; S q^T by columns
+    wait_at(kFull + chunk % kStages, 256);
+
+    // S q^T, by columns
     float out[ROWS / 8][4];
     unsigned st[N / 16][4];
 #pragma unroll
@@ -124,14 +131,35 @@ __global__ void __launch_bounds__(128, N > 128 || R > 4 ? 1 : 2) forward(const _
         const float* from = &S[2 * k + e / 2][e % 2 * 2];
         st[k][e] = Two::pack(from[0], from[1]);
       }
+    start();
+#pragma unroll
+    for (int k = 0; k < N / 16; ++k)
+      k ? Product<T, ROWS>::template held<kAcross>(out, st[k], in.q.descriptor(0, k * 16))
+        : Product<T, ROWS>::template held<kAcross, 0>(out, st[k], in.q.descriptor(0, 0));
+    finish();
+    if (a.save && chunk % every == 0) {
+      T* to = at<T>(a.saved) + (((span + chunk / every) * H + h) * all_p + p_first + p[0]) * N + col;
+#pragma unroll
+      for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (p[e] < width) *reinterpret_cast<unsigned*>(to + 8 * e * N + 8 * j) = st[j / 2][j % 2 * 2 + e];
+    }
+#pragma unroll
+    for (int tb = 0; tb < TB; ++tb) {
+      float grow[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) grow[e] = exp_(decays.L[tb * 16 + e / 2 * 8 + col + e % 2]);
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+#pragma unroll
+        for (int e = 0; e < 8; ++e) out[(r * TB + tb) * 2 + e / 4][e % 4] *= grow[e / 4 * 2 + e % 2];
+    }
+    // scores, by rows
 #pragma unroll
     for (int half = 0; half < NB / 4; ++half) {
       float m[ROWS / 8][4];
       start();
-      if (half == 0)
-#pragma unroll
-        for (int k = 0; k < N / 16; ++k) k ? Product<T, ROWS>::template held<kAcross>(out, st[k], in.q.descriptor(0, k * 16))
-            : Product<T, ROWS>::template held<kAcross, 0>(out, st[k], in.q.descriptor(0, 0));
 #pragma unroll
       for (int k = 0; k < N / 16; ++k)
         k ? Product<T, ROWS>::template shared<kAcross>(m, in.q.descriptor(half * 64, k * 16), in.k.descriptor(0, k * 16))
@@ -163,38 +191,17 @@ __global__ void __launch_bounds__(128, N > 128 || R > 4 ? 1 : 2) forward(const _
             }
       }
     }
-    if (a.save && chunk % every == 0) {
-      T* to = at<T>(a.saved) + (((span + chunk / every) * H + h) * all_p + p_first + p[0]) * N + col;
-#pragma unroll
-      for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          if (p[e] < width) *reinterpret_cast<unsigned*>(to + 8 * e * N + 8 * j) = st[j / 2][j % 2 * 2 + e];
-    }
-#pragma unroll
-    for (int tb = 0; tb < TB; ++tb) {
-      float grow[4];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) grow[e] = exp_(decays.L[tb * 16 + e / 2 * 8 + col + e % 2]);
-#pragma unroll
-      for (int r = 0; r < R; ++r)
-#pragma unroll
-        for (int e = 0; e < 8; ++e) out[(r * TB + tb) * 2 + e / 4][e % 4] *= grow[e / 4 * 2 + e % 2];
-    }
-    if (more && Sh::kTurns) turns(chunk + 1);
     publish();
-    if (kStages == 2 && more)
-      wait_copies<1>();
-    else
-      wait_copies();
-    __syncthreads();  // scores, x, z, the next chunk's angles
+    wait_copies();
+    wait_at(kScores, 128);
 
     // v^T [16 columns of P, rows], and weighed for the state
-    unsigned v[NB][4], weighed[NB][4], xs[TB][4];
+    unsigned v[NB][4], weighed[NB][4];
     const float end = decays.L[CT - 1], decay = exp_(end);
 #pragma unroll
     for (int tb = 0; tb < TB; ++tb) {
-      s.x.columns(xs[tb], tb * 16, p0);
+      unsigned xs[4];
+      s.x.columns(xs, tb * 16, p0);
       float w[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
@@ -205,9 +212,9 @@ __global__ void __launch_bounds__(128, N > 128 || R > 4 ? 1 : 2) forward(const _
       for (int r = 0; r < R; ++r)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {  // of xs: column p[e / 2], tokens e % 2 * 8 on
-          float2 f = Two::unpack(xs[tb][e]);
+          float2 f = Two::unpack(xs[e]);
           if (Sh::kRanks) f.x *= parameter(s.parameters.psi, r, e / 2), f.y *= parameter(s.parameters.psi, r, e / 2);
-          v[r * TB + tb][e / 2 + e % 2 * 2] = Sh::kRanks ? Two::pack(f.x, f.y) : xs[tb][e];
+          v[r * TB + tb][e / 2 + e % 2 * 2] = Sh::kRanks ? Two::pack(f.x, f.y) : xs[e];
           weighed[r * TB + tb][e / 2 + e % 2 * 2] = Two::pack(f.x * w[e % 2 * 2], f.y * w[e % 2 * 2 + 1]);
         }
     }
@@ -226,15 +233,17 @@ __global__ void __launch_bounds__(128, N > 128 || R > 4 ? 1 : 2) forward(const _
         Product<T, kWide>::template held<kAlong>(
             reinterpret_cast<float(&)[kWide / 8][4]>(S[n / 8]), weighed[c], in.k.descriptor(c * 16, n));
     finish();
+    arrive_at(kEmpty + chunk % kStages, 256);
 
     // gates, and the sum over ranks; y leaves through x's place
 #pragma unroll
     for (int tb = 0; tb < TB; ++tb) {
-      unsigned zs[4] = {}, ys[4];
+      unsigned xs[4], zs[4] = {}, ys[4];
+      s.x.columns(xs, tb * 16, p0);
       if (gated) s.z.columns(zs, tb * 16, p0);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float2 xt = Two::unpack(xs[tb][e]), zt = Two::unpack(zs[e]);
+        const float2 xt = Two::unpack(xs[e]), zt = Two::unpack(zs[e]);
         float2 sum = {0.f, 0.f};
 #pragma unroll
         for (int r = 0; r < R; ++r) {
@@ -255,13 +264,9 @@ __global__ void __launch_bounds__(128, N > 128 || R > 4 ? 1 : 2) forward(const _
       if (chunk * CT + t < seq.length && c < width)
         put16(y + (long long)(chunk * CT) * y_s + t * y_s + c, get16(s.x.unit(t, c)));
     }
-    if (more) {
-      if constexpr (kStages == 1) {
-        __syncthreads();
-        copy(chunk + 1);
-      }
-      wait_copies();
-      turn(chunk + 1);
+    if (chunk + 1 < chunks) {
+      __syncwarp();
+      copy(chunk + 1);
     }
   }
 
@@ -275,20 +280,19 @@ __global__ void __launch_bounds__(128, N > 128 || R > 4 ? 1 : 2) forward(const _
     const auto& in = s.stage[(chunks - 1) % kStages];
     const int last = (seq.length - 1) % CT;
     if (p_first == 0) {
-      for (int i = threadIdx.x; i < R * N; i += THREADS) {
+      for (int i = threadIdx.x; i < R * N; i += 128) {
         const float2 f = Two::unpack(in.k.pair((i / N * TB + last / 16) * 16 + last % 16, i % N / 2 * 2));
         at<float>(a.final_k)[unit * R * N + i] = i % 2 ? f.y : f.x;
       }
-      if (Angles<Sh>::mine() && threadIdx.x % Angles<Sh>::SEG == 0)
-        at<float>(a.final_angle)[unit * NA + Angles<Sh>::index()] = base * 6.283185307179586f;
     }
     const T* x_last = x + (seq.length - 1) * a.x_s;
-    for (int i = threadIdx.x; i < R * P; i += THREADS) {
+    for (int i = threadIdx.x; i < R * P; i += 128) {
       const int r = i / P, c = i % P;
       if (c >= width) continue;
       const float2 f = Two::unpack(*reinterpret_cast<const unsigned*>(x_last + c / 2 * 2));
       at<float>(a.final_v)[(unit * R + r) * all_p + p_first + c] = (c % 2 ? f.y : f.x) * (Sh::kRanks ? s.parameters.psi[r][c] : 1.f);
     }
+  }
   }
 }
 

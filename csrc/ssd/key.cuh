@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(R == 8 ? 256 : 128, R == 8 || N > 128 ? 1 : 2)
       }
       wait_copies();
       __syncthreads();
-      turn_rows<Sh, NB>(s.q, &s.k, s.biases, s.turns);
+      turn_rows<Sh, NB, true>(s.q, &s.k, s.biases, s.turns);
       if (Sh::kRanks || gated) {
 #pragma unroll
         for (int n = 0; n < 4; ++n) {

@@ -46,7 +46,7 @@ __device__ __forceinline__ void over_rows(F f) {
   constexpr int kPasses = Sh::ROWS / kRows;
 #pragma unroll
   for (int n = 0; n < (kPasses + WARPS - 1) / WARPS; ++n) {
-    const int pass = threadIdx.x / 32 + n * WARPS;
+    const int pass = threadIdx.x / 32 % WARPS + n * WARPS;
     if ((kPasses % WARPS == 0 || pass < kPasses) && (kUnits > 1 || lane < 16)) f(pass * kRows + row, column);
   }
 }
@@ -77,9 +77,21 @@ __device__ __forceinline__ void copy_tokens(
   }
 }
 
+// The same for the 16 columns from p0 on, by one warp.
 template <class Sh>
-__device__ __forceinline__ void copy_decays(Decays<Sh>& to, const Arguments& a, long long from, int live) {
-  const int i = threadIdx.x;
+__device__ __forceinline__ void copy_columns(
+    Tile<Sh::CT, P>& tile, const typename Sh::T* from, int per_token, int live, int p0, int width) {
+#pragma unroll
+  for (int i = 0; i < Sh::TB; ++i) {
+    const int lane = threadIdx.x % 32, token = i * 16 + lane / 2, column = p0 + lane % 2 * 8;
+    copy16(tile.unit(token, column), from + token * per_token + column, token < live && column < width);
+  }
+}
+
+template <class Sh>
+__device__ __forceinline__ void copy_decays(
+    Decays<Sh>& to, const Arguments& a, long long from, int live) {
+  const int i = threadIdx.x % 128;
   if (i < Sh::CT) {
     copy4(&to.L[i], at<const float>(a.L) + from + min(i, live - 1), true);
     copy4(&to.w[i], at<const float>(a.W) + from + i, i < live);
@@ -133,7 +145,8 @@ __device__ __forceinline__ void copy_biases(Biases<Sh>& to, const Arguments& a, 
 }
 
 // Adds the biases and turns the rows of q, and of k if there is one, each lane those that it copied: no barrier between.
-template <class Sh, int WARPS>
+// kTogether loads both before it stores either: faster, in more registers.
+template <class Sh, int WARPS, bool kTogether = false>
 __device__ __forceinline__ void turn_rows(
     Tile<Sh::ROWS, Sh::N>& q, Tile<Sh::ROWS, Sh::N>* k, const Biases<Sh>& biases, const Turns<Sh>& turns) {
   using T = typename Sh::T;
@@ -142,28 +155,32 @@ __device__ __forceinline__ void turn_rows(
   if constexpr (Sh::kTurns)
     over_rows<Sh, WARPS>([&](int row, int column) {
       const int rank = row / Sh::CT, token = row % Sh::CT;
-      uint4 raw[2][kPieces];  // all loads before the first store
-#pragma unroll
-      for (int i = 0; i < kPieces; ++i) {
-        raw[0][i] = get16(q.unit(row, column + kOn[i]));
-        if (k) raw[1][i] = get16(k->unit(row, column + kOn[i]));
-      }
       float cos[kAngles], sin[kAngles];
       load(cos, &turns.cos[token][column * kAngles / 8]);
       load(sin, &turns.sin[token][column * kAngles / 8]);
+      uint4 raw[kTogether ? 2 : 1][kPieces];
+      const auto get = [&](int which) {
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) raw[kTogether * which][i] = get16((which ? *k : q).unit(row, column + kOn[i]));
+      };
+      get(0);
+      if (kTogether && k) get(1);
 #pragma unroll
       for (int which = 0; which < 2; ++which) {
         if (which && !k) break;
-        const float* bias = which ? biases.k[rank] : biases.q[rank];
-        float x[kPieces][8];
-#pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
+        if (which && !kTogether) get(1);
+        Tile<Sh::ROWS, Sh::N>& tile = which ? *k : q;
+        const float* bias = (which ? biases.k[rank] : biases.q[rank]) + column;
+        const auto biased = [&](float (&x)[8], int i) {
           float more[8];
-          unpack8<T>(x[i], raw[which][i]);
-          load(more, bias + column + kOn[i]);
+          unpack8<T>(x, raw[kTogether * which][i]);
+          load(more, bias + kOn[i]);
 #pragma unroll
-          for (int e = 0; e < 8; ++e) x[i][e] += more[e];
-        }
+          for (int e = 0; e < 8; ++e) x[e] += more[e];
+        };
+        float x[2][8];
+        biased(x[0], 0);
+        if constexpr (Sh::MODEL == kMimo) biased(x[1], 1);
 #pragma unroll
         for (int e = 0; e < kAngles; ++e) {
           float& a = Sh::MODEL == kMimo ? x[0][e] : x[0][2 * e];
@@ -171,8 +188,13 @@ __device__ __forceinline__ void turn_rows(
           const float turned = a * cos[e] - b * sin[e];
           b = a * sin[e] + b * cos[e], a = turned;
         }
+        put16(tile.unit(row, column), pack8<T>(x[0]));
+        if constexpr (Sh::MODEL == kMimo) put16(tile.unit(row, column + kOn[1]), pack8<T>(x[1]));
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i) put16((which ? *k : q).unit(row, column + kOn[i]), pack8<T>(x[i]));
+        for (int i = Sh::MODEL == kMimo ? 2 : 1; i < kPieces; ++i) {
+          biased(x[0], i);
+          put16(tile.unit(row, column + kOn[i]), pack8<T>(x[0]));
+        }
       }
     });
 }
@@ -184,7 +206,8 @@ struct Parameters {
 };
 
 template <class Sh, int THREADS>
-__device__ __forceinline__ void copy_parameters(Parameters<Sh>& to, const Arguments& a, int head, int first, int width) {
+__device__ __forceinline__ void copy_parameters(
+    Parameters<Sh>& to, const Arguments& a, int head, int first, int width) {
   if constexpr (Sh::kRanks)
     for (int i = threadIdx.x; i < Sh::R * P / 4; i += THREADS) {
       const int r = i / (P / 4), p = i % (P / 4) * 4;
@@ -233,13 +256,13 @@ __device__ __forceinline__ void spread(
 
 // The angles of a chunk: 128 threads, SEG of them an angle, LONG tokens each. An angle is kept in revolutions, of which
 // a token adds tanh(angle) dt / 2: mod 2 pi is a floor, and exact.
-template <class Sh>
+template <class Sh, int FIRST = 0>  // the warpgroup that has them
 struct Angles {
   static constexpr int LONG = Sh::kTurns ? Sh::LONG : 1, SEG = Sh::kTurns ? Sh::SEG : 1;
   float raw[LONG];
 
-  __device__ static bool mine() { return Sh::kTurns && threadIdx.x < 128; }
-  __device__ static int index() { return threadIdx.x / SEG; }
+  __device__ static bool mine() { return Sh::kTurns && threadIdx.x / 128 == FIRST; }
+  __device__ static int index() { return threadIdx.x % 128 / SEG; }
   __device__ static int token(int i) { return threadIdx.x % SEG * LONG + i; }
 
   // `angles` at the chunk's first token.
@@ -250,22 +273,24 @@ struct Angles {
   }
   __device__ static float tanh_(float x) { return 1.f - 2.f * reciprocal(1.f + exp_(2.f * x)); }
 
-  // Fills turns; gives the chunk's revolutions. `steps` at the chunk's first token.
-  __device__ float turn(Turns<Sh>& turns, float base, const float* steps, int live) const {
+  __device__ static float revolutions(float x) { return x - rintf(x); }  // whole ones cost sums their digits
+
+  // Fills turns; gives the chunk's revolutions, and loses raw. `steps` at the chunk's first token.
+  __device__ float turn(Turns<Sh>& turns, float base, const float* steps, int live) {
     if (!mine()) return 0.f;
-    float sum[LONG];
+    float(&sum)[LONG] = raw;  // its own place: where LONG is 16 registers are few
 #pragma unroll
-    for (int i = 0; i < LONG; ++i) sum[i] = token(i) < live ? steps[token(i)] : 0.f;
-#pragma unroll
-    for (int i = 0; i < LONG; ++i) sum[i] = (i ? sum[i - 1] : 0.f) + 0.5f * tanh_(raw[i]) * sum[i];
-    float before = sum[LONG - 1];
+    for (int i = 0; i < LONG; ++i)
+      sum[i] = (i ? sum[i - 1] : 0.f) + (token(i) < live ? revolutions(0.5f * tanh_(raw[i]) * steps[token(i)]) : 0.f);
+    float up_to = sum[LONG - 1];
 #pragma unroll
     for (int d = 1; d < SEG; d *= 2) {
-      const float other = __shfl_up_sync(~0u, before, d, SEG);
-      if (threadIdx.x % SEG >= d) before += other;
+      const float other = __shfl_up_sync(~0u, up_to, d, SEG);
+      if (threadIdx.x % SEG >= d) up_to += other;
     }
-    const float all = __shfl_sync(~0u, before, SEG - 1, SEG);
-    before += base - sum[LONG - 1];
+    const float all = __shfl_sync(~0u, up_to, SEG - 1, SEG);
+    float before = __shfl_up_sync(~0u, up_to, 1, SEG);  // not up_to - sum: no later token may reach an earlier one's digits
+    before = threadIdx.x % SEG ? before + base : base;
 #pragma unroll
     for (int i = 0; i < LONG; ++i) {
       const float x = before + sum[i], revolution = x - rintf(x);

@@ -76,5 +76,5 @@ def code(kernels: tuple[str, ...], shape: Shape, capability: tuple[int, int]) ->
         unit, cubin = nvrtc.compile("ssd", "kernels.cuh", names, nvrtc.arch_of(capability))
         content = torch.frombuffer(bytearray(cubin), dtype=torch.uint8)
         handles = torch.ops.nam56r.ssd_load(content, [unit.names[name] for name in names])
-    threads = [256 if shape.rank == 8 and kernel in ("query", "key") else 128 for kernel in kernels]
+    threads = [256 if shape.rank == 8 or kernel in ("forward", "carry") else 128 for kernel in kernels]
     return tuple(Code(*one) for one in zip(handles, threads, (shared_bytes(kernel, shape) for kernel in kernels)))

@@ -47,7 +47,9 @@ def dense(t: torch.Tensor | None, strided: bool = True) -> torch.Tensor | None:
         return None
     size = t.element_size()
     fits = t.data_ptr() % 16 == 0 and (t.is_contiguous() if not strided else t.stride(-1) == 1)
-    if fits and (not strided or all(at * size % 16 == 0 for at, n in zip(t.stride()[:-1], t.shape) if n > 1)):
+    # within a chunk of at most 64 tokens the kernels count in 32 bits
+    steps = (at for at, n in zip(t.stride()[:-1], t.shape) if n > 1)
+    if fits and (not strided or all(at * size % 16 == 0 and abs(at) < 2**24 for at in steps)):
         return t
     return t.clone(memory_format=torch.contiguous_format)
 
@@ -230,11 +232,10 @@ def _scan_backward(
         dfinal_angle = _last(
             sizes, dfinal_k, dfinal_v, dfinal_angle, x, B, B_bias, psi, final_angle, cu_seqlens, dx, dB, totals
         )
-    ending = None if dfinal is None else (final * dfinal).sum((2, 3))
     angles = fields["angles"]
     ddt, dlog_decay, dtrap, dangles, dA, ddt_bias, dangle = finish(
-        sizes, partial, steps, tables, dt, trap, angles, A, dt_bias, softplus, cu_seqlens, ending,
-        dense(dfinal_angle, False), angle,
+        sizes, partial, steps, tables, dt, trap, angles, A, dt_bias, softplus, cu_seqlens,
+        dense(dfinal_angle, False), angle, x.dtype,
     )  # fmt: skip
     gradients = (
         dx, dB, dC, ddt, dlog_decay, dtrap, dangles, dA, ddt_bias, totals.get("dB_bias"), totals.get("dC_bias"),
@@ -255,6 +256,8 @@ def _last(sizes, dk, dv, dangle, x, B, B_bias, psi, final_angle, cu_seqlens, dx,
             dk = dk.where(there, 0)
         adjacent = sizes.model == SISO
         u = B[rows, at].to(dk.dtype).transpose(1, 2).repeat_interleave(sizes.heads // sizes.groups, 1) + B_bias
+        if sizes.packed:
+            u = u.where(there, 0)  # an empty sequence's is another's, which may hold NaN
         cos, sin = final_angle.cos()[:, :, None], final_angle.sin()[:, :, None]
         du = dk.clone()  # k is u turned
         (a, b), (da, db) = _pairs(u, sizes.pairs, adjacent), _pairs(du, sizes.pairs, adjacent)
@@ -269,7 +272,8 @@ def _last(sizes, dk, dv, dangle, x, B, B_bias, psi, final_angle, cu_seqlens, dx,
         if sizes.packed:
             dv = dv.where(there, 0)
         if psi is not None:
-            totals["dpsi"] += (dv * x[rows, at].to(dv.dtype)[:, :, None]).sum(0)
+            v = x[rows, at].to(dv.dtype)[:, :, None]
+            totals["dpsi"] += (dv * (v.where(there, 0) if sizes.packed else v)).sum(0)
             dv = dv * psi
         _add(dx, rows, at, dv.sum(2), sizes)
     return dangle

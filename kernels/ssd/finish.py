@@ -4,8 +4,9 @@ Three Triton launches, one for Mamba-2; u is a head's unit, sums over its units 
 
 1. carry    per sequence and head: what the angles of chunk j still turn later, carry_j = dangle_final + Σ of (total_q +
             total_k) over the later chunks. With all chunks it is the initial angle's gradient.
-2. spans    dlog_decay_t = Σ over t' >= t of the span of (DQ_t' − W_t' DW_t') + end, end = <S, dS> at the span's end: the
-            next span's energy, or <final, dfinal>. With dγ = DOWN + DW and dc_t = DW_{t-1} (0 at a sequence's start):
+2. spans    dlog_decay_t = <S, dS> before the span − Σ over t' < t of the span of (DQ_t' − W_t' DW_t'): what still passes t. Every
+            term has been through the decays up to it, so that little is left to cancel where they are strong.
+            With dγ = DOWN + DW and dc_t = DW_{t-1} (0 at a sequence's start):
             ddt = λ dγ + (1 − λ) dc, dtrap = λ (1 − λ) dt (dγ − dc). Mamba-2: ddt = dγ + A dlog_decay, then what is
             before it: dA, softplus, dt_bias.
 3. angles   ddt_t += ddt_q + ddt_k + π Σ_i tanh(a_i) carry_i
@@ -23,6 +24,7 @@ from nam56r.kernels.ssd.sizes import Sizes
 
 PI = tl.constexpr(3.141592653589793)
 TOKENS, HEADS = 256, 8  # of a program of `spans`
+LEAST = {torch.bfloat16: -8.0, torch.float16: -11.0}  # log decays that leave less than the rounding
 CHUNKS = 64  # that `carry` loads at once
 ROWS, TURNED = 16, 4096  # tokens of a program of `angles`, and what it adds up at once
 
@@ -70,25 +72,22 @@ def carry_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def spans_kernel(
-    dq, down, dw, W, DT, energy, ending, dt, trap, A, bias, cu_seqlens,
+    dq, down, dw, L, W, DT, energy, dt, trap, A, bias, cu_seqlens,
     ddt, dlog_decay, dtrap, sums,
     dt_at, trap_at, ddt_at, ddecay_at, dtrap_at,  # strides [B, H, S]
     length, sequences, spans, total, search, heads, tokens,
-    SOFTPLUS: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    HEADS: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     span = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     sequence, begin, end, start = locate(span, cu_seqlens, length, sequences, spans, total, search, SPAN)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)
-    last = (start + SPAN >= end)[None, :]
     between = (head < heads)[:, None] & (start < end)[None, :]
-    next_energy = (span + 1).to(tl.int64)[None, :] * heads + head[:, None]
+    of_span = span.to(tl.int64)[None, :] * heads + head[:, None]
     wide = W.dtype.element_ty
-    after = tl.zeros([HEADS, ROWS], wide)
+    passing = tl.zeros([HEADS, ROWS], wide)
     for part in tl.static_range(BLOCKS):
-        after += tl.load(energy + next_energy * BLOCKS + part, mask=between & ~last, other=0.0)
-    if ending is not None:
-        of_sequence = sequence.to(tl.int64)[None, :] * heads + head[:, None]
-        after += tl.load(ending + of_sequence, mask=between & last, other=0.0)
+        passing += tl.load(energy + of_span * BLOCKS + part, mask=between, other=0.0)
 
     head = head[:, None, None]
     token = start[None, :, None] + tl.arange(0, SPAN)[None, None, :]
@@ -109,7 +108,13 @@ def spans_kernel(
             before += tl.load(dw + at - 1, mask=inside & (token > begin), other=0.0)
     own += later
     weight = tl.load(W + head * tokens + token, mask=inside, other=0.0)
-    decayed = tl.cumsum(read - weight * later, 2, reverse=True) + after[:, :, None]
+    stays = read - weight * later
+    decayed = passing[:, :, None] - (tl.cumsum(stays, 2) - stays)
+    # what passes a decay is a difference of what is rounded: below LEAST nothing of it is left but the rounding
+    sofar = tl.load(L + head * tokens + token, mask=inside, other=0.0)
+    first = (token - begin) % CHUNK == 0
+    decay = sofar - tl.load(L + head * tokens + token - 1, mask=inside & ~first, other=0.0)
+    decayed = tl.where(decay < LEAST, 0.0, decayed)
     if trap is None:
         weight_A = tl.load(A + head, mask=head < heads, other=0.0)
         gradient = own + weight_A * decayed
@@ -223,11 +228,13 @@ def finish(
     dt_bias: torch.Tensor | None,
     softplus: bool,
     cu_seqlens: torch.Tensor | None,
-    ending: torch.Tensor | None,
     dfinal_angle: torch.Tensor | None,
     initial_angle: bool,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, ...]:
-    """partial: what the CUDA kernels wrote, by their fields' names. ending [n, H] = <final, dfinal>, none: 0.
+    """partial: what the CUDA kernels wrote, by their fields' names.
+
+    dtype: of x, and so what the products were rounded to.
 
     Gives the gradients of dt, log_decay, trap (in their layouts, log_decay's in dt's and wide), of the angles, A, dt_bias
     and the initial angle, each None where the model has none (the last also without `initial_angle`).
@@ -247,12 +254,12 @@ def finish(
         sums = steps.new_empty(2, programs, sizes.heads)
     with torch.cuda.device_of(dt):
         spans_kernel[programs, triton.cdiv(sizes.heads, heads)](
-            partial["DQ"], partial["DOWN"], partial["DW"], W, DT, partial["energy"], ending, dt, trap, A, dt_bias,
+            partial["DQ"], partial["DOWN"], partial["DW"], steps[0], W, DT, partial["energy"], dt, trap, A, dt_bias,
             cu_seqlens, sofar, dlog_decay, dtrap, sums,
             dt.stride(), trap.stride() if sizes.model else none, sofar.stride(),
             dlog_decay.stride() if sizes.model else none, dtrap.stride() if sizes.model else none,
             *numbers, sizes.heads, sizes.tokens,
-            softplus, sizes.blocks, sizes.span, rows, heads, num_warps=8,
+            softplus, sizes.blocks, sizes.span, sizes.chunk, rows, heads, LEAST.get(dtype, -float("inf")), num_warps=8,
         )  # fmt: skip
         if not sizes.model:
             return ddt, None, None, None, sums[0].sum(0), None if dt_bias is None else sums[1].sum(0), None

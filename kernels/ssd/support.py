@@ -17,7 +17,8 @@ def refuses(problem: Problem, model: int, rank: int, pairs: int | None) -> tuple
     x, d_state, device = problem["x"], problem["B"].shape[-1], problem.device
     headdim, reasons = x.shape[-1], []
     if device.capability != code.CAPABILITY:
-        reasons.append(f"{device.name} is sm_{device.capability[0]}{device.capability[1]}, but it takes sm_90 (H100, H200)")
+        major, minor = device.capability
+        reasons.append(f"{device.name} is sm_{major}{minor}, but the CUDA kernel takes sm_90 (H100, H200)")
     if x.dtype not in code.DTYPES:
         reasons.append(f"x is {x.dtype}, but the CUDA kernel takes bfloat16 or float16")
     sizes = (("R", rank, code.RANKS), ("P", headdim, code.HEADDIMS), ("N", d_state, code.STATES))

@@ -20,6 +20,7 @@ SLOTS = {
     "moe_experts": "E",
     "mamba2_scan": "M",
     "mamba3_scan": "M",
+    "mamba3_step": "M",
     "m2rnn": "R",
     "causal_conv1d": "R",
     "rms_norm": "all",

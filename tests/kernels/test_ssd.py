@@ -17,11 +17,13 @@ from nam56r.kernels.mamba2 import reference as mamba2_reference
 from nam56r.kernels.mamba3 import Mamba3State
 from nam56r.kernels.mamba3 import cuda as mamba3_cuda
 from nam56r.kernels.mamba3 import reference as mamba3_reference
-from nam56r.kernels.registry import DEVICES, Device, Problem, Spec, candidates, select
+from nam56r.kernels.registry import DEVICES, Problem, Spec, candidates, select
 from nam56r.kernels.ssd import code, cuda
 from nam56r.kernels.ssd.code import Code, Shape
 from nam56r.kernels.ssd.sizes import sizes_of
 from nam56r.kernels.testing import agree, flatten, outputs_and_gradients
+from nam56r.problems import Workload
+from nam56r.recipe import PRESETS
 from tests.kernels import ssd_emulation
 
 IMPLEMENTATIONS = torch.library.Library("nam56r", "IMPL")
@@ -339,7 +341,7 @@ def test_recomputed():
     assert len(reads) == len(set(reads)) > 15
 
 
-SHAPE = Shape(torch.bfloat16, 2, 4, 64, 128)
+SHAPE = Shape(torch.bfloat16, 2, 4, 128)
 
 
 def test_launched(monkeypatch):
@@ -374,20 +376,84 @@ def test_compiled_at_run_time(monkeypatch):
     monkeypatch.setattr(code, "built", lambda *given: False)
     monkeypatch.setattr(code, "shared_bytes", lambda kernel, shape: len(kernel))
     monkeypatch.setattr(nvrtc, "compile", compiled)
-    monkeypatch.setattr(nvrtc, "arch_of", lambda capability: "sm_80")
+    monkeypatch.setattr(nvrtc, "arch_of", lambda capability: "sm_90a")
     load = lambda content, names: [names.index(name) + 10 for name in names]  # noqa: E731
     monkeypatch.setattr(torch.ops.nam56r, "ssd_load", load, raising=False)
-    assert code.code.__wrapped__(code.PASSES[1], SHAPE, (8, 0)) == (
-        Code(10, 128, 5),
-        Code(11, 128, 5),
-        Code(12, 128, 3),
-    )
-    arguments = "<nam56r::ssd::BFloat16, 2, 4, 64, 128>"
+    assert [one[::2] for one in code.code.__wrapped__(code.PASSES[1], SHAPE, (9, 0))] == [(10, 5), (11, 5), (12, 3)]
+    arguments = "<nam56r::ssd::BFloat16, 2, 4, 128>"
     names = [f"nam56r::ssd::{kernel}{arguments}" for kernel in ("query", "carry", "key")]
-    assert asked == [("ssd", "kernels.cuh", "sm_80", names)]
-    of_rank_8 = code.code.__wrapped__(code.PASSES[1], SHAPE._replace(rank=8), (8, 0))
-    assert [one.threads for one in of_rank_8] == [256, 128, 256]
-    assert code.name_of("carry", SHAPE) == "carry<bf16,2,4,64,128>"
+    assert asked == [("ssd", "kernels.cuh", "sm_90a", names)]
+    assert code.name_of("carry", SHAPE) == "carry<bf16,2,4,128>"
+
+
+@pytest.mark.parametrize("rank", code.RANKS)
+def test_threads_are_the_kernels(rank, monkeypatch):
+    """What a block is launched with is what its kernel in csrc/ssd is bounded to."""
+    monkeypatch.setattr(code, "built", lambda *given: True)
+    monkeypatch.setattr(code, "shared_bytes", lambda kernel, shape: 0)
+    monkeypatch.setattr(torch.ops.nam56r, "ssd_kernel", lambda name: 0, raising=False)
+    for kernels in code.PASSES:
+        for kernel, one in zip(kernels, code.code.__wrapped__(kernels, SHAPE._replace(rank=rank), (9, 0)), strict=True):
+            text = (nvrtc.SOURCES / "ssd" / f"{kernel}.cuh").read_text()
+            bound = re.search(rf"__launch_bounds__\((.+?), .+\) {kernel}\(", text)[1]
+            bound = re.sub(r"(.+) \? (\d+) : (\d+)", r"\2 if \1 else \3", bound)
+            assert one.threads == eval(bound, {"R": rank})
+
+
+built = pytest.mark.skipif(not code.REGISTERED, reason="the extension isn't built")
+
+
+@built
+@pytest.mark.parametrize("preset", ["nam56r", "nam56r-3584", "nam56r-quarter"])
+@pytest.mark.parametrize("kind, rank", [("mamba3", 4), ("mamba3", 1), ("mamba2", 4)])
+@pytest.mark.parametrize("device", ["h100", "h200"])
+def test_the_recipes_shapes_are_built_ahead(preset, kind, rank, device, monkeypatch):
+    """In bf16, both as the recipe has it and with the other kinds of M: nothing is compiled at run time."""
+    monkeypatch.setattr(nvrtc, "missing", lambda: "no compiler")
+    recipe = PRESETS[preset].with_overrides([f"mamba.kind={kind}", f"mamba.mimo_rank={rank}"])
+    operators = Workload(recipe, 1, 1, torch.bfloat16).operators(kind)
+    (scan,) = operators.keys() & {"mamba2_scan", "mamba3_scan"}
+    assert candidates(scan)[0].refuses(Problem.of(scan, DEVICES[device], **operators[scan])) == ()
+
+
+@built
+def test_what_is_not_built_ahead_needs_the_compiler(monkeypatch):
+    others = [{"dtype": torch.float16}, {"R": 2}, {"N": 64}, {"R": 8}, {"operator": "mamba2_scan", "N": 256}]
+    refuses = [(candidates(change.get("operator", "mamba3_scan"))[0].refuses, asked(**change)) for change in others]
+    assert not any(refused(problem) for refused, problem in refuses)
+    remedy = "CuPy is not installed: pip install nam56r[nvrtc]"
+    monkeypatch.setattr(nvrtc, "missing", lambda: remedy)
+    assert [refused(problem) for refused, problem in refuses] == [(remedy,)] * len(others)
+    assert candidates("mamba3_scan")[0].refuses(asked(P=32)) == ()  # any P runs on the same code
+
+
+@built
+def test_shared_memory_fits_the_device():
+    """But for rank 8 at N 256, which is refused and says what it is of."""
+    shapes = [Shape(torch.bfloat16, 2, rank, d_state) for rank in code.RANKS for d_state in code.STATES]
+    shapes += [Shape(torch.float16, model, 1, d_state) for model in (0, 1) for d_state in code.STATES]
+    refused = {shape: why for shape in shapes if (why := code.refusal(shape, "h200", (9, 0)))}
+    ((why,),) = refused.values()
+    assert refused.keys() == {Shape(torch.bfloat16, 2, 8, 256)}
+    assert why.startswith("R = 8, N = 256 takes more shared memory than h200 has (")
+
+
+@built
+@pytest.mark.parametrize("shape", [Shape(torch.float16, 0, 1, 32), Shape(torch.bfloat16, 2, 2, 64)], ids=str)
+def test_compiles(shape, tmp_path, monkeypatch):
+    """What is handed to the loader: a CUBIN with the kernels of a pass."""
+    given_over = []
+    monkeypatch.setattr(nvrtc, "folder", lambda: tmp_path)
+    load = lambda content, names: given_over.append((content, names)) or range(len(names))  # noqa: E731
+    monkeypatch.setattr(torch.ops.nam56r, "ssd_load", load)
+    for kernels in code.PASSES:
+        assert len(code.code.__wrapped__(kernels, shape, (9, 0))) == len(kernels)
+        content, names = given_over.pop()
+        elf = content.numpy().tobytes()
+        assert elf.startswith(b"\x7fELF")
+        for name, kernel in zip(names, kernels, strict=True):
+            assert kernel in name and f".text.{name}\0".encode() in elf
+    assert {unit.family for unit in nvrtc.cached()} == {"ssd"} and len(nvrtc.cached()) == 2
 
 
 @given(
@@ -438,6 +504,7 @@ def asked(operator="mamba3_scan", dtype=torch.bfloat16, device="h200", R=4, P=64
         ({"N_a": 16}, ["N_a = 16 with N = 128, but the CUDA kernel takes N_a = N / 4"]),
         ({"R": 3, "P": 8, "dtype": torch.float64}, ["x is torch.float64", "R = 3", "P = 8"]),
         ({"operator": "mamba2_scan", "P": 16, "N": 24}, ["P = 16", "N = 24"]),
+        ({"device": "b200", "R": 3}, ["b200 is sm_100, but the CUDA kernel takes sm_90 (H100, H200)", "R = 3"]),
         ({"device": "cpu"}, ["a CUDA kernel, but the device is cpu"]),
     ],
     ids=str,
@@ -467,17 +534,20 @@ def test_refused_by_the_device(monkeypatch):
     monkeypatch.setattr(code, "built", lambda *given: False)
     monkeypatch.setattr(nvrtc, "missing", lambda: None)
     monkeypatch.setattr(nvrtc, "arch_of", lambda capability: "sm_90a")
-    monkeypatch.setattr(code, "shared_bytes", lambda kernel, shape: 200_000 if kernel == "key" else 100_000)
+    monkeypatch.setattr(
+        code, "shared_bytes", lambda kernel, shape: shape.rank * (40_000 if kernel == "key" else 20_000)
+    )
     refuses = candidates("mamba3_scan")[0].refuses
     assert refuses(asked()) == ()
-    assert refuses(asked(device="a100")) == ("R = 4, P = 64, N = 128 takes more shared memory than a100 has (key)",)
     monkeypatch.setattr(nvrtc, "missing", lambda: "CuPy is not installed: pip install nam56r[nvrtc]")
     assert refuses(asked()) == ("CuPy is not installed: pip install nam56r[nvrtc]",)
     monkeypatch.setattr(code, "built", lambda *given: True)
     assert refuses(asked()) == ()
-    old = Device("t4", "cuda", (7, 5))
-    monkeypatch.setitem(DEVICES, "t4", old)
-    assert refuses(asked(device="t4")) == ("t4 is sm_75, but it takes sm_80 or later",)
+    assert refuses(asked(R=8)) == ("R = 8, N = 128 takes more shared memory than h200 has (key)",)
+    for device, number in (("a100", 80), ("b200", 100)):
+        assert refuses(asked(device=device)) == (
+            f"{device} is sm_{number}, but the CUDA kernel takes sm_90 (H100, H200)",
+        )
 
 
 @pytest.mark.parametrize("ahead", [True, False])

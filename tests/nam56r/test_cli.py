@@ -15,9 +15,7 @@ from nam56r.plan import PlanRefused, make_plan
 from nam56r.recipe import PRESETS, Recipe
 from nam56r.report import table
 
-REFERENCES = [
-    f"--kernel={op}=reference" for op in ("mamba3_scan", "index_top_k", "sparse_latent_attention", "indexer_kl_loss")
-]
+REFERENCES = [f"--kernel={op}=reference" for op in ("index_top_k", "sparse_latent_attention", "indexer_kl_loss")]
 
 
 def call(*arguments):
@@ -126,7 +124,7 @@ def test_plan_json_of_the_production_recipe():
     assert found["counts"] == {"A": 13, "E": 22, "M": 13, "R": 4}
     refused = {refusal["layer"] for refusal in found["refusals"]}
     roles = {slot["layer"]: slot["role"] for slot in found["slots"]}
-    assert refused == {layer for layer, role in roles.items() if role in ("dsa", "mamba3")}
+    assert refused == {layer for layer, role in roles.items() if role == "dsa"}
     assert all(refusal["reasons"] for refusal in found["refusals"])
 
 

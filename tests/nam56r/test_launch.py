@@ -35,8 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.type. is deprecated:Deprecation
 RUN = RunOptions(data="data/x", out="runs/a", steps=40)
 TINY, NAM56R = PRESETS["nam56r-tiny"], PRESETS["nam56r"]
 REFERENCES = [
-    f"kernels.{operator}=reference"
-    for operator in ("mamba3_scan", "index_top_k", "sparse_latent_attention", "indexer_kl_loss")
+    f"kernels.{operator}=reference" for operator in ("index_top_k", "sparse_latent_attention", "indexer_kl_loss")
 ]
 
 
@@ -224,7 +223,7 @@ ONE_FAULT = [
     ("cpu-x2", ["pp=2"], "entry", "pp = 2"),
     ("cpu", ["kernels.m2rnn=fastest"], "kernel names", "m2rnn has no kernel fastest: one of cuda, reference"),
     ("cpu", ["kernels.m3rnn=reference"], "kernel names", "m3rnn is no operator: one of mla_attention"),
-    ("h200", [], "plan", "mamba3_scan at 3, 7, 11: reference: a development kernel"),
+    ("h200", [], "plan", "index_top_k at 5: reference: a development kernel"),
     (
         "cpu-x2",
         ["tp=2", "kernels.linear_cross_entropy=torch"],
@@ -236,7 +235,7 @@ ONE_FAULT = [
         "h200",
         [*REFERENCES, "entry=pretrain", "cuda_graphs=local"],
         "graphs: kernels",
-        "mamba3_scan=reference at 3, 7, 11",
+        "index_top_k=reference at 5",
     ),
     ("h200", ["entry=pretrain", "cuda_graphs=local", "recompute=full"], "graphs: recompute", "recompute = none"),
     ("h200", ["entry=pretrain", "cuda_graphs=full_iteration"], "graphs: NaN check", "guards.check_nan = false"),
@@ -336,7 +335,7 @@ def test_a_refusal_lists_everything_at_once():
     assert all(f"  {name}: " in message for name in refused_names(contract))
     assert "engram (Engram memory) has no implementation" in message and "strict refuses every seam" in message
     # the plan is judged as if tp divided, so that this isn't found out in a second attempt
-    assert "mamba3_scan at 3, 7, 11" in message
+    assert "index_top_k at 5" in message
     assert contract.generated_native_args == () and not contract.plan.accepted
 
 
@@ -345,13 +344,13 @@ def test_the_h200_presets_are_refused_for_their_kernels_only():
         contract = contract_of(NAM56R, PROFILES[name])
         assert refused_names(contract) == ["plan"]
         assert {r.operator for r in contract.plan.refusals} == {
-            *("mamba3_scan", "index_top_k", "sparse_latent_attention", "indexer_kl_loss")
+            *("index_top_k", "sparse_latent_attention", "indexer_kl_loss")
         }
     # docs/launch.md says so
     named = {
         name: refused_names(contract_of(NAM56R, PROFILES[name], *REFERENCES)) for name in PROFILES if "h200" in name
     }
-    assert named == {"h200": ["memory"], "h200-x2": [], "h200-x8": ["graphs: kernels", "memory"], "h200-x8-record": []}
+    assert named == {"h200": [], "h200-x2": [], "h200-x8": ["graphs: kernels", "memory"], "h200-x8-record": []}
     assert refused_names(contract_of(NAM56R, PROFILES["h200-x8-record"], "recompute=none")) == ["plan", "memory"]
 
 

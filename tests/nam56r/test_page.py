@@ -158,7 +158,7 @@ def test_every_refusal_is_listed_with_its_reasons():
     recipe = NAM56R.with_overrides(["features.mod=[2, 3]", "features.ngram_hash=[]", "ffn_hidden_size=21503"])
     plan = planned(recipe, tensor_parallel=2)
     page = paged(plan, recipe)
-    assert {refusal.operator for refusal in plan.refusals} >= {"mod", "ngram_hash", "mlp", "mamba3_scan"}
+    assert {refusal.operator for refusal in plan.refusals} >= {"mod", "ngram_hash", "mlp", "index_top_k"}
     (listed,) = page.all("ul", "refusals")
     entries = {item.children[0].text: [li.text for li in item.all("li")] for item in listed.children}
     for refusal in plan.refusals:
