@@ -1,6 +1,6 @@
 // Host code of the scan: the kernels built ahead, their shared memory, and one launch for all.
 //
-// What recipes name is instantiated here (kBuilt). Other shapes and architectures come as cubins that kernels/ssd/cuda.py
+// What recipes name is instantiated here (kBuilt). Other shapes and architectures come as cubins that kernels/ssd/code.py
 // compiles from the same sources and hands to ssd_load.
 
 #include "ssd/ssd.h"

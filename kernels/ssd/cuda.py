@@ -48,8 +48,10 @@ def dense(t: torch.Tensor | None, strided: bool = True) -> torch.Tensor | None:
     size = t.element_size()
     fits = t.data_ptr() % 16 == 0 and (t.is_contiguous() if not strided else t.stride(-1) == 1)
     # within a chunk of at most 64 tokens the kernels count in 32 bits
-    steps = (at for at, n in zip(t.stride()[:-1], t.shape) if n > 1)
-    if fits and (not strided or all(at * size % 16 == 0 and abs(at) < 2**24 for at in steps)):
+    rows = [(at, n) for at, n in zip(t.stride()[:-1], t.shape) if n > 1]
+    if fits and (
+        not strided or all(at * size % 16 == 0 for at, _ in rows) and all(at < 2**24 for at in t.stride()[1:-1])
+    ):
         return t
     return t.clone(memory_format=torch.contiguous_format)
 
@@ -235,7 +237,7 @@ def _scan_backward(
     angles = fields["angles"]
     ddt, dlog_decay, dtrap, dangles, dA, ddt_bias, dangle = finish(
         sizes, partial, steps, tables, dt, trap, angles, A, dt_bias, softplus, cu_seqlens,
-        dense(dfinal_angle, False), angle, x.dtype,
+        dense(dfinal_angle, False), angle, x.dtype, dfinal is not None,
     )  # fmt: skip
     gradients = (
         dx, dB, dC, ddt, dlog_decay, dtrap, dangles, dA, ddt_bias, totals.get("dB_bias"), totals.get("dC_bias"),

@@ -77,7 +77,7 @@ def spans_kernel(
     dt_at, trap_at, ddt_at, ddecay_at, dtrap_at,  # strides [B, H, S]
     length, sequences, spans, total, search, heads, tokens,
     SOFTPLUS: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
-    HEADS: tl.constexpr, LEAST: tl.constexpr,
+    HEADS: tl.constexpr, FINAL: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     span = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     sequence, begin, end, start = locate(span, cu_seqlens, length, sequences, spans, total, search, SPAN)
@@ -88,6 +88,11 @@ def spans_kernel(
     passing = tl.zeros([HEADS, ROWS], wide)
     for part in tl.static_range(BLOCKS):
         passing += tl.load(energy + of_span * BLOCKS + part, mask=between, other=0.0)
+    # whether anything behind the span is read: then nothing that passes is exactly 0
+    last = (start + SPAN >= end)[None, :]
+    behind = tl.where(last, 1.0 if FINAL else 0.0, 0.0) + passing * 0
+    for part in tl.static_range(BLOCKS):
+        behind += tl.abs(tl.load(energy + (of_span + heads) * BLOCKS + part, mask=between & ~last, other=0.0))
 
     head = head[:, None, None]
     token = start[None, :, None] + tl.arange(0, SPAN)[None, None, :]
@@ -114,7 +119,8 @@ def spans_kernel(
     sofar = tl.load(L + head * tokens + token, mask=inside, other=0.0)
     first = (token - begin) % CHUNK == 0
     decay = sofar - tl.load(L + head * tokens + token - 1, mask=inside & ~first, other=0.0)
-    decayed = tl.where(decay < LEAST, 0.0, decayed)
+    behind = tl.cumsum(tl.abs(read), 2, reverse=True) + behind[:, :, None]
+    decayed = tl.where((decay < LEAST) | (behind == 0), 0.0, decayed)
     if trap is None:
         weight_A = tl.load(A + head, mask=head < heads, other=0.0)
         gradient = own + weight_A * decayed
@@ -231,10 +237,11 @@ def finish(
     dfinal_angle: torch.Tensor | None,
     initial_angle: bool,
     dtype: torch.dtype,
+    final: bool,
 ) -> tuple[torch.Tensor, ...]:
     """partial: what the CUDA kernels wrote, by their fields' names.
 
-    dtype: of x, and so what the products were rounded to.
+    dtype: of x, and so what the products were rounded to; final: whether the final state has a gradient.
 
     Gives the gradients of dt, log_decay, trap (in their layouts, log_decay's in dt's and wide), of the angles, A, dt_bias
     and the initial angle, each None where the model has none (the last also without `initial_angle`).
@@ -259,7 +266,7 @@ def finish(
             dt.stride(), trap.stride() if sizes.model else none, sofar.stride(),
             dlog_decay.stride() if sizes.model else none, dtrap.stride() if sizes.model else none,
             *numbers, sizes.heads, sizes.tokens,
-            softplus, sizes.blocks, sizes.span, sizes.chunk, rows, heads, LEAST.get(dtype, -float("inf")), num_warps=8,
+            softplus, sizes.blocks, sizes.span, sizes.chunk, rows, heads, final, LEAST.get(dtype, -float("inf")), num_warps=8,
         )  # fmt: skip
         if not sizes.model:
             return ddt, None, None, None, sums[0].sum(0), None if dt_bias is None else sums[1].sum(0), None
