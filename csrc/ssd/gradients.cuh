@@ -214,7 +214,7 @@ __device__ void angle_gradients(
     const int t = Angles<Sh>::token(i);
     const float all = c[i] + after;
     if (t < live) add(dangle + t * Sh::NA + index, decays.dt[t] * all, set);
-    float sum = Angles<Sh>::tanh_(angle.raw[i]) * all;
+    float sum = tanhf(angle.raw[i]) * all;
 #pragma unroll
     for (int d = SEG; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
     if (threadIdx.x % 32 / SEG == 0) by_token[threadIdx.x / 32][t] = sum;

@@ -271,7 +271,6 @@ struct Angles {
 #pragma unroll
     for (int i = 0; i < LONG; ++i) raw[i] = token(i) < live ? angles[token(i) * per_token + index()] : 0.f;
   }
-  __device__ static float tanh_(float x) { return 1.f - 2.f * reciprocal(1.f + exp_(2.f * x)); }
 
   __device__ static float revolutions(float x) { return x - rintf(x); }  // whole ones cost sums their digits
 
@@ -281,7 +280,7 @@ struct Angles {
     float(&sum)[LONG] = raw;  // its own place: where LONG is 16 registers are few
 #pragma unroll
     for (int i = 0; i < LONG; ++i)
-      sum[i] = (i ? sum[i - 1] : 0.f) + (token(i) < live ? revolutions(0.5f * tanh_(raw[i]) * steps[token(i)]) : 0.f);
+      sum[i] = (i ? sum[i - 1] : 0.f) + (token(i) < live ? revolutions(0.5f * tanhf(raw[i]) * steps[token(i)]) : 0.f);
     float up_to = sum[LONG - 1];
 #pragma unroll
     for (int d = 1; d < SEG; d *= 2) {

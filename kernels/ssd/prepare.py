@@ -29,7 +29,7 @@ def sigmoid(t):
 @triton.jit
 def softplus(t):
     """log(1 + exp t), t itself above 20; log of the rounded sum is put right by what the rounding changed."""
-    grown = tl.exp(tl.minimum(t, 20.0))
+    grown = tl.exp(tl.where(t > 20, 20.0, t))  # keeps NaN, as a minimum would not
     total = 1 + grown
     put_right = tl.log(total) * (grown / tl.where(total == 1, 1, total - 1))
     return tl.where(t > 20, t, tl.where(total == 1, grown, put_right))
