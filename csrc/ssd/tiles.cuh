@@ -224,36 +224,6 @@ __device__ __forceinline__ void copy_parameters(
   }
 }
 
-// x * scale[rank], and dy * phi[rank] * silu(z * zeta[rank]), of every rank, as operands; without ranks `to` may be `from`.
-template <class Sh, int THREADS>
-__device__ __forceinline__ void spread(
-    Tile<Sh::ROWS, P>& to, const Tile<Sh::CT, P>& from, const float (&scale)[Sh::kRanks ? Sh::R : 1][P],
-    const Tile<Sh::CT, P>* z, const float (&zeta)[Sh::kRanks ? Sh::R : 1][P]) {
-  using T = typename Sh::T;
-#pragma unroll
-  for (int n = 0; n < Sh::ROWS * (P / 8) / THREADS; ++n) {
-    const int i = threadIdx.x + n * THREADS, row = i / (P / 8), c = i % (P / 8) * 8, t = row % Sh::CT, rank = row / Sh::CT;
-    float x[8], more[8];
-    unpack8<T>(x, get16(from.unit(t, c)));
-    if constexpr (Sh::kRanks) {
-      load(more, &scale[rank][c]);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) x[e] *= more[e];
-    }
-    if (z) {
-      float gate[8];
-      unpack8<T>(gate, get16(z->unit(t, c)));
-      if constexpr (Sh::kRanks) load(more, &zeta[rank][c]);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        const float g = Sh::kRanks ? gate[e] * more[e] : gate[e];
-        x[e] *= g * sigmoid(g);
-      }
-    }
-    put16(to.unit(row, c), pack8<T>(x));
-  }
-}
-
 // The angles of a chunk: 128 threads, SEG of them an angle, LONG tokens each. An angle is kept in revolutions, of which
 // a token adds tanh(angle) dt / 2: mod 2 pi is a floor, and exact.
 template <class Sh, int FIRST = 0>  // the warpgroup that has them

@@ -47,11 +47,12 @@ def dense(t: torch.Tensor | None, strided: bool = True) -> torch.Tensor | None:
         return None
     size = t.element_size()
     fits = t.data_ptr() % 16 == 0 and (t.is_contiguous() if not strided else t.stride(-1) == 1)
-    # within a chunk of at most 64 tokens the kernels count in 32 bits
-    rows = [(at, n) for at, n in zip(t.stride()[:-1], t.shape) if n > 1]
-    if fits and (
-        not strided or all(at * size % 16 == 0 for at, _ in rows) and all(at < 2**24 for at in t.stride()[1:-1])
-    ):
+    if strided:
+        fits = fits and all(at * size % 16 == 0 for at, n in zip(t.stride()[:-1], t.shape) if n > 1)
+        fits = (
+            fits and max(t.stride()[1:-1]) < 2**24
+        )  # within a chunk of at most 64 tokens the kernels count in 32 bits
+    if fits:
         return t
     return t.clone(memory_format=torch.contiguous_format)
 
@@ -111,7 +112,7 @@ _SCHEMAS = (
     "ssd_scan_backward(Tensor? dy, Tensor? dfinal, Tensor? dfinal_k, Tensor? dfinal_v, Tensor? dfinal_angle, Tensor x, "
     "Tensor B, Tensor C, Tensor dt, Tensor? trap, Tensor? angles, Tensor? A, Tensor? dt_bias, bool softplus, "
     "Tensor? B_bias, Tensor? C_bias, Tensor? D, Tensor? z, Tensor? psi, Tensor? zeta, Tensor? phi, Tensor? cu_seqlens, "
-    "Tensor final, Tensor final_angle, Tensor saved, Tensor bases, Tensor steps, Tensor tables, bool state, bool angle) "
+    "Tensor final_angle, Tensor saved, Tensor bases, Tensor steps, Tensor tables, bool state, bool angle) "
     "-> (Tensor dx, Tensor dB, Tensor dC, Tensor ddt, Tensor dlog_decay, Tensor dtrap, Tensor dangles, Tensor dA, "
     "Tensor ddt_bias, Tensor dB_bias, Tensor dC_bias, Tensor dD, Tensor dz, Tensor dpsi, Tensor dzeta, Tensor dphi, "
     "Tensor dstate, Tensor dangle)",
@@ -171,7 +172,7 @@ def _scan_shapes(
 
 def _scan_backward(
     dy, dfinal, dfinal_k, dfinal_v, dfinal_angle, x, B, C, dt, trap, angles, A, dt_bias, softplus, B_bias, C_bias, D, z,
-    psi, zeta, phi, cu_seqlens, final, final_angle, saved, bases, steps, tables, state, angle,
+    psi, zeta, phi, cu_seqlens, final_angle, saved, bases, steps, tables, state, angle,
 ):  # fmt: skip
     sizes = _sizes(x, B, angles, A, psi, cu_seqlens)
     if not sizes.tokens:
@@ -181,7 +182,7 @@ def _scan_backward(
         for t, given in zip(empty, (*[None] * 16, dfinal, dfinal_angle)):
             t.zero_() if given is None else t.copy_(given)
         return empty
-    wide, turned, mimo = final.dtype, sizes.model != MAMBA2, sizes.model == MIMO
+    wide, turned, mimo = _wide(x), sizes.model != MAMBA2, sizes.model == MIMO
     spans, units, tokens, heads = sizes.total, sizes.all_units, sizes.tokens, sizes.heads
     fields = _fields(sizes, x, B, C, angles, B_bias, C_bias, D, z, psi, zeta, phi, cu_seqlens, steps, tables)
 
@@ -214,8 +215,8 @@ def _scan_backward(
         sums["dD"] = summed(heads, sizes.headdim)
     _strides(fields, dy=(dense(torch.zeros_like(x) if dy is None else dy), "bsh"))
     dfinal = dense(dfinal, False)
-    dstate = new(*final.shape)
-    carried = new(spans, *final.shape[1:], dtype=x.dtype)
+    of_state = heads, sizes.headdim, sizes.d_state
+    dstate, carried = new(sizes.sequences, *of_state), new(spans, *of_state, dtype=x.dtype)
     fields |= partial | sums
     fields |= dict(saved=saved, bases=bases if turned else None, carried=carried, dfinal=dfinal, dstate=dstate)
     fields |= dict(dx=dx, dz=dz)
@@ -316,7 +317,7 @@ def _gradients(sizes, x, B, C, dt, trap, angles, A, dt_bias, B_bias, C_bias, D, 
 
 def _backward_shapes(
     dy, dfinal, dfinal_k, dfinal_v, dfinal_angle, x, B, C, dt, trap, angles, A, dt_bias, softplus, B_bias, C_bias, D, z,
-    psi, zeta, phi, cu_seqlens, final, final_angle, saved, bases, steps, tables, state, angle,
+    psi, zeta, phi, cu_seqlens, final_angle, saved, bases, steps, tables, state, angle,
 ):  # fmt: skip
     sizes = _sizes(x, B, angles, A, psi, cu_seqlens)
     return _gradients(sizes, x, B, C, dt, trap, angles, A, dt_bias, B_bias, C_bias, D, z, psi, zeta, phi, state, angle)
@@ -330,10 +331,9 @@ class _Scan(torch.autograd.Function):
             x, B, C, dt, log_decay, trap, angles, A, dt_bias, ctx.softplus, B_bias, C_bias, D, z, psi, zeta, phi, state,
             angle, cu_seqlens, _,
         ) = inputs  # fmt: skip
-        y, final, final_k, final_v, final_angle, *kept = output
+        _, _, final_k, final_v, final_angle, *kept = output
         ctx.save_for_backward(
-            x, B, C, dt, trap, angles, A, dt_bias, B_bias, C_bias, D, z, psi, zeta, phi, cu_seqlens, final, final_angle,
-            *kept,
+            x, B, C, dt, trap, angles, A, dt_bias, B_bias, C_bias, D, z, psi, zeta, phi, cu_seqlens, final_angle, *kept,
         )  # fmt: skip
         ctx.given = [t is not None for t in inputs]
         ctx.set_materialize_grads(False)
