@@ -398,7 +398,7 @@ def _mamba3(recipe: Recipe, plan: Plan, slot: Slot, element: int) -> float:
     m, heads = recipe.mamba, recipe.mamba_heads / plan.tensor_parallel
     inner, mixed = heads * m.headdim, 2 * m.mimo_rank * m.ngroups * m.d_state / plan.tensor_parallel
     kept = element * (3 * inner + 3 * mixed) + 4 * 6 * heads
-    return kept + _scan_states(recipe, plan, slot, element)
+    return kept + _scan_states(recipe, plan, slot)
 
 
 def _mamba2(recipe: Recipe, plan: Plan, slot: Slot, element: int) -> float:
@@ -412,10 +412,10 @@ def _mamba2(recipe: Recipe, plan: Plan, slot: Slot, element: int) -> float:
     kept = element * (3 * inner + 2 * mixed + heads)
     if slot.kernels.get("causal_conv1d") == "reference":
         kept += 4 * mixed * (2 if element >= 4 else parameters.MAMBA2_CONV + 1)
-    return kept + _scan_states(recipe, plan, slot, element)
+    return kept + _scan_states(recipe, plan, slot)
 
 
-def _scan_states(recipe: Recipe, plan: Plan, slot: Slot, element: int) -> float:
+def _scan_states(recipe: Recipe, plan: Plan, slot: Slot) -> float:
     """Bytes a token that an M slot's scan keeps of its own."""
     m, kernel = recipe.mamba, slot.kernels.get(f"{slot.role}_scan")
     rank, turned = (m.mimo_rank, True) if slot.role == "mamba3" else (1, False)
@@ -424,14 +424,14 @@ def _scan_states(recipe: Recipe, plan: Plan, slot: Slot, element: int) -> float:
     if kernel != "cuda":
         return 0
     sequences, model = (plan.micro_batch, recipe.seq_length), (MIMO if rank > 1 else SISO) if turned else MAMBA2
-    x = torch.empty(*sequences, recipe.mamba_heads, m.headdim, device="meta")
-    B = torch.empty(*sequences, rank, m.ngroups, m.d_state, device="meta")
+    x = torch.empty(*sequences, recipe.mamba_heads // plan.tensor_parallel, m.headdim, device="meta")
+    B = torch.empty(*sequences, rank, 1, m.d_state, device="meta")  # groups change nothing of what is kept
     angles = torch.empty(*sequences, 1, m.d_state // 4, device="meta") if turned else None
     sizes = sizes_of(model, x, B, angles, None)
-    # a state for every span, an angle for every chunk, and sums and weights of decays for every token
-    kept = sizes.total * m.headdim * m.d_state * element + sizes.chunks * sizes.pairs * 4
+    # a state for every part, an angle for every chunk, and sums and weights of decays for every token
+    kept = sizes.parts * m.headdim * m.d_state * 4 + sizes.chunks * sizes.pairs * 4
     kept += (4 if turned else 2) * sizes.tokens * 4
-    return sizes.heads * kept / sizes.tokens / plan.tensor_parallel
+    return sizes.heads * kept / sizes.tokens
 
 
 def _m2rnn(recipe: Recipe, plan: Plan, slot: Slot, element: int) -> float:

@@ -10,10 +10,11 @@ struct Arguments {
   void *state, *angle;
   void *cu, *first, *sequence_of;
   void *saved, *bases, *final, *final_k, *final_v, *final_angle;
-  void *carried, *energy, *dfinal, *dstate;
-  void *DQ, *DOWN, *DW, *dB_bias, *dC_bias, *dpsi, *dzeta, *dphi, *dD;
-  void *ddt_q, *ddt_k, *dangle_q, *dangle_k, *total_q, *total_k;
+  void *states, *carried, *energy, *dfinal, *dstate;
+  void *READ, *PAIRS, *WRITE, *DOWN, *DW, *dB_bias, *dC_bias, *dpsi, *dzeta, *dphi, *dD;
+  void *ddt_turned, *dangle_sum, *total;
   long long S, tokens, H, P, heads_per_group, G, spans, sequences, every, units, splits, angle_heads, d_h, d_p, save;
+  long long segment, segment_spans, segments;
   long long x_b, x_s, x_h, B_b, B_s, B_r, B_g, C_b, C_s, C_r, C_g, z_b, z_s, z_h, dy_b, dy_s, dy_h, a_b, a_s, a_h;
   long long dB_b, dB_s, dB_r, dB_g, dB_split, dC_b, dC_s, dC_r, dC_g, dC_split;
 };

@@ -47,18 +47,44 @@ __device__ inline void commit() { asm volatile("cp.async.commit_group;" ::: "mem
 template <int kNewer = 0>  // all but the groups committed last
 __device__ inline void wait_copies() { asm volatile("cp.async.wait_group %0;" :: "n"(kNewer) : "memory"); }
 
-// Barriers by number, of `threads` that wait or have only arrived. In forward and carry: a stage's tiles are there, a stage
-// is free (two of each), the warpgroup of products is at one point, the one that turns is.
-constexpr int kFull = 1, kEmpty = 3, kScores = 5, kTurning = 6;
+// Barriers by number, of `threads` that wait or have only arrived: a stage's tiles are there, a stage is free (four of
+// each), the threads that multiply are at one point (two warpgroups of them in `gradient`), those that turn are, and in
+// `gradient` what is turned back can be read, has been read.
+constexpr int kFull = 1, kEmpty = 5, kProducts = 9, kTurning = 11, kTurned = 12, kRead = 13;
 __device__ inline void wait_at(int number, int threads) {
   asm volatile("bar.sync %0, %1;" :: "r"(number), "r"(threads) : "memory");
 }
 __device__ inline void arrive_at(int number, int threads) {
   asm volatile("bar.arrive %0, %1;" :: "r"(number), "r"(threads) : "memory");
 }
-// Registers move from one warpgroup to another; both calls leave 65536 in all where two blocks of 256 threads share an SM.
-__device__ inline void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 176;"); }
-__device__ inline void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 80;"); }
+// Registers move from one warpgroup to another.
+template <int kRegisters>
+__device__ inline void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(kRegisters)); }
+template <int kRegisters>
+__device__ inline void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(kRegisters)); }
+
+// Copies of whole pieces of memory that a barrier in shared memory counts.
+struct Arrival {
+  unsigned long long x;
+
+  __device__ void make() { asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(shared_address(&x)) : "memory"); }
+  __device__ void expect(int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(shared_address(&x)), "r"(bytes) : "memory");
+  }
+  __device__ void copy(void* to, const void* from, int bytes) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+        :: "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(&x)) : "memory");
+  }
+  __device__ void wait(int parity) {
+    asm volatile("{.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}"
+        :: "r"(shared_address(&x)), "r"(parity) : "memory");
+  }
+};
+__device__ inline void store_bulk(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;"
+      :: "l"(to), "r"(shared_address(from)), "r"(bytes) : "memory");
+}
+__device__ inline void wait_bulk_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 // A tile of 16-bit elements in shared memory, 64 columns after 64 columns, as wgmma reads it with its 128-byte swizzle:
 // the eight 16-byte units of a row of 64 lie in the order unit ^ row % 8, so that 8 rows' units lie in different banks.
@@ -78,23 +104,30 @@ struct alignas(1024) Tile {
   __device__ void put(int row, int column, unsigned p) { *reinterpret_cast<unsigned*>(unit(row, column) + column % 8) = p; }
 
   // 16 x 16 from (row, column), transposed: register e has the rows 2 t, 2 t + 1 (+ 8 where e is odd) of the column g
-  // (+ 8 where e > 1).
+  // (+ 8 where e > 1). A tile of eight rows has them twice.
   __device__ void columns(unsigned (&r)[4], int row, int column) const {
     const int lane = threadIdx.x % 32;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-        : "r"(shared_address(unit(row + lane % 16, column + lane / 16 * 8))) : "memory");
+        : "r"(shared_address(unit(row + lane % (ROWS < 16 ? 8 : 16), column + lane / 16 * 8))) : "memory");
   }
   __device__ void put_columns(const unsigned (&r)[4], int row, int column) {
     const int lane = threadIdx.x % 32;
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
+        :: "r"(shared_address(unit(row + lane % (ROWS < 16 ? 8 : 16), column + lane / 16 * 8))), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+        : "memory");
+  }
+  // 16 x 16 from accumulators of two neighbours [16][8]: registers of the rows g, g + 8 of the one, then of the other.
+  __device__ void put_rows(const unsigned (&r)[4], int row, int column) {
+    const int lane = threadIdx.x % 32;
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
         :: "r"(shared_address(unit(row + lane % 16, column + lane / 16 * 8))), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
         : "memory");
   }
   // For wgmma, from a row that is a multiple of 8 and a column that is one of 16.
   __device__ unsigned long long descriptor(int row, int column) const {
     const unsigned on = (column / 64 * ROWS + row) * 8 + column % 64 / 8;
-    return (1ull << 62) | (64ull << 32) | (1ull << 16) | ((shared_address(x) >> 4) + on);
+    return (1ull << 62) + (64ull << 32) + (ROWS * 8ull << 16) + (shared_address(x) >> 4) + on;
   }
 };
 

@@ -16,25 +16,23 @@ namespace nam56r::ssd {
 template <class Sh>
 struct ForwardShared {
   struct Stage {
-    Tile<Sh::ROWS, Sh::N> q, k;
+    Tile<ROWS, Sh::N> q, k;
   };
-  static constexpr int kStages = sizeof(Stage) <= 64 * 1024 ? 2 : 1;
+  static constexpr int kStages = Sh::N > 128 ? 1 : 2;
   Stage stage[kStages];
-  Tile<Sh::ROWS, Sh::ROWS> scores;
+  Tile<ROWS, ROWS> scores;
   Tile<Sh::CT, P> x, z;
   Decays<Sh> decays[kStages];
   Turns<Sh> turns;
-  Biases<Sh> biases;
   Parameters<Sh> parameters;
 };
 
 template <typename T, int MODEL, int R, int N>
-__global__ void __launch_bounds__(256, N > 128 || R > 4 ? 1 : 2) forward(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_constant__ Arguments a) {
   using Sh = Shape<T, MODEL, R, N>;
   using Two = Pair<T>;
-  using Angle = Angles<Sh, 1>;
-  constexpr int CT = Sh::CT, TB = Sh::TB, NB = Sh::NB, NA = Sh::NA, ROWS = Sh::ROWS;
-  constexpr bool kMoves = N <= 128 && R <= 4;
+  using Row = Rows<Sh, 2>;
+  constexpr int CT = Sh::CT, TB = Sh::TB, NA = Sh::NA, EIGHTS = Sh::EIGHTS;
   extern __shared__ __align__(1024) char bytes[];
   auto& s = *reinterpret_cast<ForwardShared<Sh>*>(bytes);
   constexpr int kStages = ForwardShared<Sh>::kStages;
@@ -44,49 +42,58 @@ __global__ void __launch_bounds__(256, N > 128 || R > 4 ? 1 : 2) forward(const _
   const Sequence seq = sequence(a, blockIdx.y);
   const int chunks = (seq.length + CT - 1) / CT;
   const long long unit = (long long)blockIdx.y * H + h, tokens = h * a.tokens + seq.token;
-  const long long span = first_span(a, blockIdx.y);
+  const long long span = first_span(a, blockIdx.y), numbered = a.cu ? span : 0;  // in segments, sequences of a batch start anew
 
-  copy_biases<Sh, 256>(s.biases, a, h);
   copy_parameters<Sh, 256>(s.parameters, a, h, p_first, width);
   commit();
   wait_copies();
   __syncthreads();
 
   if (threadIdx.x >= 128) {
-    if constexpr (kMoves) give_registers();
-    const T* B = at<const T>(a.B) + seq.row * a.B_b + seq.first * a.B_s + g * a.B_g;
-    const T* C = at<const T>(a.C) + seq.row * a.C_b + seq.first * a.C_s + g * a.C_g;
+    if constexpr (N <= 128) give_registers<88>();
+    const Row row;
+    const T* from = row.tile ? at<const T>(a.B) + seq.row * a.B_b + seq.first * a.B_s + g * a.B_g
+                             : at<const T>(a.C) + seq.row * a.C_b + seq.first * a.C_s + g * a.C_g;
+    const int per_token = int(row.tile ? a.B_s : a.C_s), per_rank = int(row.tile ? a.B_r : a.C_r);
     const float* angles = at<const float>(a.angles) + seq.row * a.a_b + seq.first * a.a_s + h * a.a_h;
     const float* steps = at<const float>(a.DT) + tokens;
-    Angle angle;
+    typename Row::Bias bias;
+    Angles<Sh> angle;
     float base = 0.f;
-    if (a.angle && Angle::mine())
-      base = fraction(at<const float>(a.angle)[unit * NA + Angle::index()] * 0.15915494309189535f);
+    const auto load = [&](int chunk) {
+      angle.load(angles + (long long)chunk * CT * a.a_s, int(a.a_s), steps + chunk * CT, seq.length - chunk * CT);
+    };
+    if constexpr (Sh::kTurns) {
+      row.load(bias, at<const float>(row.tile ? a.B_bias : a.C_bias) + (long long)h * R * N);
+      if (a.angle && Angles<Sh>::mine())
+        base = fraction(at<const float>(a.angle)[unit * NA + Angles<Sh>::index()] * 0.15915494309189535f);
+      load(0);
+    }
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      auto& to = s.stage[chunk % kStages];
+      auto& stage = s.stage[chunk % kStages];
+      auto& tile = row.tile ? stage.k : stage.q;
       const int t = chunk * CT, live = seq.length - t;
       if (chunk >= kStages) wait_at(kEmpty + chunk % kStages, 256);
-      copy_rows<Sh, 4>(to.q, C + t * a.C_s, int(a.C_s), int(a.C_r), live);
-      copy_rows<Sh, 4>(to.k, B + t * a.B_s, int(a.B_s), int(a.B_r), live);
+      row.copy(tile, from + (long long)t * per_token, per_token, per_rank, live);
       copy_decays<Sh>(s.decays[chunk % kStages], a, tokens + t, live);
       commit();
       if constexpr (Sh::kTurns) {
-        angle.load(angles + t * a.a_s, int(a.a_s), live);
-        if (a.save && threadIdx.x % Angle::SEG == 0 && p_first == 0)
-          at<float>(a.bases)[((span * every + chunk) * H + h) * NA + Angle::index()] = base;
+        if (a.save && Angles<Sh>::mine() && threadIdx.x % Angles<Sh>::SEG == 0 && p_first == 0)
+          at<float>(a.bases)[((span * every + chunk) * H + h) * NA + Angles<Sh>::index()] = base;
         wait_at(kTurning, 128);  // the chunk before is turned
-        base = fraction(base + angle.turn(s.turns, base, steps + t, live));
+        base = fraction(base + angle.turn(s.turns, base));
+        if (chunk + 1 < chunks) load(chunk + 1);
       }
       wait_copies();
       wait_at(kTurning, 128);
-      turn_rows<Sh, 4>(to.q, &to.k, s.biases, s.turns);
+      row.turn(tile, bias, s.turns);
       publish();
       arrive_at(kFull + chunk % kStages, 256);
     }
-    if (Sh::kTurns && chunks && p_first == 0 && threadIdx.x % Angle::SEG == 0)
-      at<float>(a.final_angle)[unit * NA + Angle::index()] = base * 6.283185307179586f;
+    if (Sh::kTurns && chunks && p_first == 0 && Angles<Sh>::mine() && threadIdx.x % Angles<Sh>::SEG == 0)
+      at<float>(a.final_angle)[unit * NA + Angles<Sh>::index()] = base * 6.283185307179586f;
   } else {
-    if constexpr (kMoves) take_registers();
+    if constexpr (N <= 128) take_registers<168>();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, col = lane % 4 * 2;
     const T* x = at<const T>(a.x) + seq.row * a.x_b + seq.first * a.x_s + h * a.x_h + p_first;
     const T* z = at<const T>(a.z) + seq.row * a.z_b + seq.first * a.z_s + h * a.z_h + p_first;
@@ -135,68 +142,62 @@ __global__ void __launch_bounds__(256, N > 128 || R > 4 ? 1 : 2) forward(const _
 #pragma unroll
       for (int k = 0; k < N / 16; ++k)
         k ? Product<T, ROWS>::template held<kAcross>(out, st[k], in.q.descriptor(0, k * 16))
-          : Product<T, ROWS>::template held<kAcross, 0>(out, st[k], in.q.descriptor(0, 0));
+          : Product<T, ROWS>::template held_first<kAcross>(out, st[k], in.q.descriptor(0, 0));
       finish();
-      if (a.save && chunk % every == 0) {
-        T* to = at<T>(a.saved) + (((span + chunk / every) * H + h) * all_p + p_first + p[0]) * N + col;
+      if (a.save && chunk % every == 0 && (chunk == 0 || (numbered + chunk / every) % a.segment_spans == 0)) {
+        const long long part = (numbered + chunk / every) / a.segment_spans + (a.cu ? blockIdx.y : blockIdx.y * a.segments);
+        float* to = at<float>(a.saved) + ((part * H + h) * all_p + p_first + p[0]) * N + col;
 #pragma unroll
         for (int j = 0; j < N / 8; ++j)
 #pragma unroll
           for (int e = 0; e < 2; ++e)
-            if (p[e] < width) *reinterpret_cast<unsigned*>(to + 8 * e * N + 8 * j) = st[j / 2][j % 2 * 2 + e];
+            if (p[e] < width) *reinterpret_cast<float2*>(to + 8 * e * N + 8 * j) = {S[j][2 * e], S[j][2 * e + 1]};
       }
 #pragma unroll
-      for (int tb = 0; tb < TB; ++tb) {
-        float grow[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) grow[e] = exp_(decays.L[tb * 16 + e / 2 * 8 + col + e % 2]);
+      for (int i = 0; i < EIGHTS; ++i) {
+        const float2 L = *reinterpret_cast<const float2*>(&decays.L[i * 8 + col]), grow = {exp_(L.x), exp_(L.y)};
 #pragma unroll
         for (int r = 0; r < R; ++r)
 #pragma unroll
-          for (int e = 0; e < 8; ++e) out[(r * TB + tb) * 2 + e / 4][e % 4] *= grow[e / 4 * 2 + e % 2];
+          for (int e = 0; e < 4; ++e) out[r * EIGHTS + i][e] *= e % 2 ? grow.y : grow.x;
       }
       // scores, by rows
-#pragma unroll
-      for (int half = 0; half < NB / 4; ++half) {
+      {
         float m[ROWS / 8][4];
         start();
 #pragma unroll
         for (int k = 0; k < N / 16; ++k)
-          k ? Product<T, ROWS>::template shared<kAcross>(m, in.q.descriptor(half * 64, k * 16), in.k.descriptor(0, k * 16))
-            : Product<T, ROWS>::template shared<kAcross, 0>(m, in.q.descriptor(half * 64, 0), in.k.descriptor(0, 0));
+          k ? Product<T, ROWS>::template shared<kAcross>(m, in.q.descriptor(0, k * 16), in.k.descriptor(0, k * 16))
+            : Product<T, ROWS>::template shared<kAcross, 0>(m, in.q.descriptor(0, 0), in.k.descriptor(0, 0));
         finish();
-        const int b = half * 4 + warp, tb = b % TB;
-        const float l[2] = {decays.L[tb * 16 + row], decays.L[tb * 16 + row + 8]};
+        const int mine[2] = {p[0] % CT, p[1] % CT};  // the rows' tokens
+        const float l[2] = {decays.L[mine[0]], decays.L[mine[1]]}, own[2] = {own_weight(decays, mine[0]), own_weight(decays, mine[1])};
 #pragma unroll
-        for (int tc = 0; tc < TB; ++tc) {
-          float mix[2][4] = {};
-          if (tc <= tb)
+        for (int i = 0; i < EIGHTS; ++i) {
+          const float2 L = *reinterpret_cast<const float2*>(&decays.L[i * 8 + col]);
+          const float2 w = *reinterpret_cast<const float2*>(&decays.w[i * 8 + col]);
+          float mix[4];
 #pragma unroll
-            for (int n = 0; n < 2; ++n)
-#pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                const int c = n * 8 + col + e % 2, d = row + e / 2 * 8 + (tb - tc) * 16 - c, from = tc * 16 + c;
-                const float below = exp_(l[e / 2] - decays.L[from]) * decays.w[from];
-                mix[n][e] = d > 0 ? below : d == 0 ? own_weight(decays, from) : 0.f;
-              }
+          for (int e = 0; e < 4; ++e) {
+            const int later = mine[e / 2] - i * 8 - col - e % 2;
+            const float below = exp_(l[e / 2] - (e % 2 ? L.y : L.x)) * (e % 2 ? w.y : w.x);
+            mix[e] = later > 0 ? below : later == 0 ? own[e / 2] : 0.f;
+          }
 #pragma unroll
           for (int r = 0; r < R; ++r)
 #pragma unroll
-            for (int n = 0; n < 2; ++n)
-#pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                const float(&x)[4] = m[(r * TB + tc) * 2 + n];
-                s.scores.put(b * 16 + row + 8 * e, (r * TB + tc) * 16 + n * 8 + col,
-                             Two::pack(x[2 * e] * mix[n][2 * e], x[2 * e + 1] * mix[n][2 * e + 1]));
-              }
+            for (int e = 0; e < 2; ++e) {
+              const float(&x)[4] = m[r * EIGHTS + i];
+              s.scores.put(p[e], (r * EIGHTS + i) * 8 + col, Two::pack(x[2 * e] * mix[2 * e], x[2 * e + 1] * mix[2 * e + 1]));
+            }
         }
       }
       publish();
       wait_copies();
-      wait_at(kScores, 128);
+      wait_at(kProducts, 128);
 
       // v^T [16 columns of P, rows], and weighed for the state
-      unsigned v[NB][4], weighed[NB][4];
+      unsigned v[4][4], weighed[4][4];
       const float end = decays.L[CT - 1], decay = exp_(end);
 #pragma unroll
       for (int tb = 0; tb < TB; ++tb) {
@@ -205,17 +206,18 @@ __global__ void __launch_bounds__(256, N > 128 || R > 4 ? 1 : 2) forward(const _
         float w[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int t = tb * 16 + col + e % 2 + e / 2 * 8;
+          const int t = (tb * 16 + e / 2 * 8) % CT + col + e % 2;
           w[e] = exp_(end - decays.L[t]) * decays.w[t];
         }
 #pragma unroll
-        for (int r = 0; r < R; ++r)
+        for (int b = tb; b < 4; b += TB)
 #pragma unroll
           for (int e = 0; e < 4; ++e) {  // of xs: column p[e / 2], tokens e % 2 * 8 on
+            const int r = Sh::rank(2 * b + e % 2);
             float2 f = Two::unpack(xs[e]);
             if (Sh::kRanks) f.x *= parameter(s.parameters.psi, r, e / 2), f.y *= parameter(s.parameters.psi, r, e / 2);
-            v[r * TB + tb][e / 2 + e % 2 * 2] = Sh::kRanks ? Two::pack(f.x, f.y) : xs[e];
-            weighed[r * TB + tb][e / 2 + e % 2 * 2] = Two::pack(f.x * w[e % 2 * 2], f.y * w[e % 2 * 2 + 1]);
+            v[b][e / 2 + e % 2 * 2] = Sh::kRanks ? Two::pack(f.x, f.y) : xs[e];
+            weighed[b][e / 2 + e % 2 * 2] = Two::pack(f.x * w[e % 2 * 2], f.y * w[e % 2 * 2 + 1]);
           }
       }
 #pragma unroll
@@ -224,10 +226,10 @@ __global__ void __launch_bounds__(256, N > 128 || R > 4 ? 1 : 2) forward(const _
         for (int e = 0; e < 4; ++e) S[j][e] *= decay;
       start();
 #pragma unroll
-      for (int c = 0; c < NB; ++c) Product<T, ROWS>::template held<kAcross>(out, v[c], s.scores.descriptor(0, c * 16));
+      for (int c = 0; c < 4; ++c) Product<T, ROWS>::template held<kAcross>(out, v[c], s.scores.descriptor(0, c * 16));
       constexpr int kWide = N < 64 ? N : 64;
 #pragma unroll
-      for (int c = 0; c < NB; ++c)
+      for (int c = 0; c < 4; ++c)
 #pragma unroll
         for (int n = 0; n < N; n += kWide)
           Product<T, kWide>::template held<kAlong>(
@@ -245,13 +247,17 @@ __global__ void __launch_bounds__(256, N > 128 || R > 4 ? 1 : 2) forward(const _
         for (int e = 0; e < 4; ++e) {
           const float2 xt = Two::unpack(xs[e]), zt = Two::unpack(zs[e]);
           float2 sum = {0.f, 0.f};
-#pragma unroll
-          for (int r = 0; r < R; ++r) {
-            const float* o = &out[(r * TB + tb) * 2 + e % 2][e / 2 * 2];
+          const auto add = [&](int b, int half) {  // the tokens of that half of the block
+            const int r = Sh::rank(2 * b + half);
+            const float* o = &out[2 * b + half][e / 2 * 2];
             const float through = s.parameters.skip[p[e / 2]] * parameter(s.parameters.psi, r, e / 2);
-            float2 scale = {parameter(s.parameters.phi, r, e / 2), parameter(s.parameters.phi, r, e / 2)};
-            scale.x *= silu(zt.x * parameter(s.parameters.zeta, r, e / 2), gated), scale.y *= silu(zt.y * parameter(s.parameters.zeta, r, e / 2), gated);
-            sum.x += (o[0] + through * xt.x) * scale.x, sum.y += (o[1] + through * xt.y) * scale.y;
+            const float zeta = parameter(s.parameters.zeta, r, e / 2), phi = parameter(s.parameters.phi, r, e / 2);
+            sum.x += (o[0] + through * xt.x) * phi * silu(zt.x * zeta, gated), sum.y += (o[1] + through * xt.y) * phi * silu(zt.y * zeta, gated);
+          };
+#pragma unroll
+          for (int b = tb; b < 4; b += TB) {
+            add(b, e % 2);
+            if (CT < 16) add(b, 1 - e % 2);
           }
           ys[e] = Two::pack(sum.x, sum.y);
         }
@@ -261,7 +267,7 @@ __global__ void __launch_bounds__(256, N > 128 || R > 4 ? 1 : 2) forward(const _
 #pragma unroll
       for (int tb = 0; tb < TB; ++tb) {
         const int t = tb * 16 + lane / 2, c = p0 + lane % 2 * 8;
-        if (chunk * CT + t < seq.length && c < width)
+        if (t < CT && chunk * CT + t < seq.length && c < width)
           put16(y + (long long)(chunk * CT) * y_s + t * y_s + c, get16(s.x.unit(t, c)));
       }
       if (chunk + 1 < chunks) {
@@ -281,7 +287,7 @@ __global__ void __launch_bounds__(256, N > 128 || R > 4 ? 1 : 2) forward(const _
       const int last = (seq.length - 1) % CT;
       if (p_first == 0) {
         for (int i = threadIdx.x; i < R * N; i += 128) {
-          const float2 f = Two::unpack(in.k.pair((i / N * TB + last / 16) * 16 + last % 16, i % N / 2 * 2));
+          const float2 f = Two::unpack(in.k.pair(i / N * CT + last, i % N / 2 * 2));
           at<float>(a.final_k)[unit * R * N + i] = i % 2 ? f.y : f.x;
         }
       }

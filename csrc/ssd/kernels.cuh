@@ -1,7 +1,6 @@
 // All kernels of the scan, for a run-time compiler.
 #pragma once
 
-#include "ssd/carry.cuh"
 #include "ssd/forward.cuh"
-#include "ssd/key.cuh"
-#include "ssd/query.cuh"
+#include "ssd/gradient.cuh"
+#include "ssd/walk.cuh"

@@ -24,9 +24,8 @@ struct Built {
    reinterpret_cast<const void*>(&kernel<T, model, rank, d_state>)}
 #define NAM56R_SSD_ALL(element, T, model, rank, d_state)                                       \
   NAM56R_SSD(forward, element, T, model, rank, d_state),                                       \
-      NAM56R_SSD(query, element, T, model, rank, d_state),                                     \
-      NAM56R_SSD(carry, element, T, model, rank, d_state),                                     \
-      NAM56R_SSD(key, element, T, model, rank, d_state)
+      NAM56R_SSD(walk, element, T, model, rank, d_state),                                      \
+      NAM56R_SSD(gradient, element, T, model, rank, d_state)
 const Built kBuilt[] = {
     NAM56R_SSD_ALL("bf16", BFloat16, 2, 4, 128),
     NAM56R_SSD_ALL("bf16", BFloat16, 1, 1, 128),
@@ -47,9 +46,8 @@ int64_t with_constant(const char* what, int64_t value, F f) {
 template <class Sh>
 int64_t shared_bytes(const std::string& kernel) {
   if (kernel == "forward") return sizeof(ForwardShared<Sh>);
-  if (kernel == "query") return sizeof(QueryShared<Sh>);
-  if (kernel == "carry") return sizeof(CarryShared<Sh>);
-  if (kernel == "key") return sizeof(KeyShared<Sh>);
+  if (kernel == "walk") return sizeof(WalkShared<Sh>);
+  if (kernel == "gradient") return sizeof(GradientShared<Sh>);
   STD_TORCH_CHECK(false, "ssd: there is no kernel ", kernel);
 }
 
@@ -92,21 +90,22 @@ int64_t ssd_shared(std::string kernel, int64_t model, int64_t rank, int64_t d_st
 }
 
 void ssd_launch(
-    Tensor on, int64_t kernel, int64_t grid_x, int64_t grid_y, int64_t threads, int64_t shared,
+    Tensor on, int64_t kernel, int64_t grid_x, int64_t grid_y, int64_t grid_z, int64_t threads, int64_t shared,
     std::vector<int64_t> arguments) {
   const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
   ssd::Arguments packed;
   STD_TORCH_CHECK(
       arguments.size() * sizeof(int64_t) == sizeof(packed), "ssd_launch: arguments has ", arguments.size(),
       " entries, but must have ", sizeof(packed) / sizeof(int64_t));
-  if (grid_x == 0 || grid_y == 0) return;
+  if (grid_x == 0 || grid_y == 0 || grid_z == 0) return;
   STD_TORCH_CHECK(grid_y < 65536, "ssd_launch: ", grid_y, " sequences or spans are too many: at most 65535");
   std::memcpy(&packed, arguments.data(), sizeof(packed));
   const void* function = reinterpret_cast<const void*>(kernel);
   STD_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
   void* pointers[] = {&packed};
   STD_CUDA_CHECK(cudaLaunchKernel(
-      function, dim3(unsigned(grid_x), unsigned(grid_y)), dim3(unsigned(threads)), pointers, shared, stream_of(on)));
+      function, dim3(unsigned(grid_x), unsigned(grid_y), unsigned(grid_z)), dim3(unsigned(threads)), pointers, shared,
+      stream_of(on)));
 }
 
 }  // namespace nam56r

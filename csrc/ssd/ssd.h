@@ -25,7 +25,7 @@ int64_t ssd_shared(std::string kernel, int64_t model, int64_t rank, int64_t d_st
 
 // Launches on the current stream of on's device. arguments are the fields of struct Arguments, in order.
 void ssd_launch(
-    Tensor on, int64_t kernel, int64_t grid_x, int64_t grid_y, int64_t threads, int64_t shared,
+    Tensor on, int64_t kernel, int64_t grid_x, int64_t grid_y, int64_t grid_z, int64_t threads, int64_t shared,
     std::vector<int64_t> arguments);
 
 }  // namespace nam56r

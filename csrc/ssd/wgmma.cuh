@@ -11,10 +11,9 @@
 namespace nam56r::ssd {
 
 __device__ inline void start() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void finish() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-}
+__device__ inline void close() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ inline void settle() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+__device__ inline void finish() { close(), settle(); }
 // What ordinary stores wrote to shared memory is there for the products of threads past the next barrier.
 __device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -22,28 +21,42 @@ constexpr int kAcross = 0, kAlong = 1;
 
 template <typename T, int n> struct Product;
 
-#define NAM56R_D(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define NAM56R_D8 NAM56R_D(0)
-#define NAM56R_D16 NAM56R_D8, NAM56R_D(1)
-#define NAM56R_D32 NAM56R_D16, NAM56R_D(2), NAM56R_D(3)
-#define NAM56R_D64 NAM56R_D32, NAM56R_D(4), NAM56R_D(5), NAM56R_D(6), NAM56R_D(7)
-#define NAM56R_D128 \
-  NAM56R_D64, NAM56R_D(8), NAM56R_D(9), NAM56R_D(10), NAM56R_D(11), NAM56R_D(12), NAM56R_D(13), NAM56R_D(14), NAM56R_D(15)
+#define NAM56R_D(is, i) is(d[i][0]), is(d[i][1]), is(d[i][2]), is(d[i][3])
+#define NAM56R_D8(is) NAM56R_D(is, 0)
+#define NAM56R_D16(is) NAM56R_D8(is), NAM56R_D(is, 1)
+#define NAM56R_D32(is) NAM56R_D16(is), NAM56R_D(is, 2), NAM56R_D(is, 3)
+#define NAM56R_D64(is) NAM56R_D32(is), NAM56R_D(is, 4), NAM56R_D(is, 5), NAM56R_D(is, 6), NAM56R_D(is, 7)
+#define NAM56R_D128(is) \
+  NAM56R_D64(is), NAM56R_D(is, 8), NAM56R_D(is, 9), NAM56R_D(is, 10), NAM56R_D(is, 11), NAM56R_D(is, 12), NAM56R_D(is, 13), \
+      NAM56R_D(is, 14), NAM56R_D(is, 15)
+#define NAM56R_OLD(x) "+f"(x)
+#define NAM56R_NEW(x) "=&f"(x)  // what is not read isn't kept for it
 
 // l0 ... are the numbers of the asm's operands past d's: descriptors, a's registers, b_is, add.
 #define NAM56R_PRODUCT(T, type, n, list, l0, l1, l2, l3, l4, l5, l6) \
   template <> struct Product<T, n> { \
     template <int b_is, int add = 1> \
     __device__ static void shared(float (&d)[n / 8][4], unsigned long long a, unsigned long long b) { \
-      asm volatile("{.reg .pred p;\nsetp.ne.b32 p, " l3 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type \
-                   " {" list "}, " l0 ", " l1 ", p, 1, 1, 0, " l2 ";\n}" \
-                   : NAM56R_D##n : "l"(a), "l"(b), "n"(b_is), "n"(add)); \
+      if constexpr (add) \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type \
+                     " {" list "}, " l0 ", " l1 ", 1, 1, 1, 0, " l2 ";" \
+                     : NAM56R_D##n(NAM56R_OLD) : "l"(a), "l"(b), "n"(b_is)); \
+      else \
+        asm volatile("{.reg .pred p;\nsetp.ne.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type \
+                     " {" list "}, " l0 ", " l1 ", p, 1, 1, 0, " l2 ";\n}" \
+                     : NAM56R_D##n(NAM56R_NEW) : "l"(a), "l"(b), "n"(b_is)); \
     } \
-    template <int b_is, int add = 1> \
+    template <int b_is> \
     __device__ static void held(float (&d)[n / 8][4], const unsigned (&a)[4], unsigned long long b) { \
-      asm volatile("{.reg .pred p;\nsetp.ne.b32 p, " l6 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type \
+                   " {" list "}, {" l0 ", " l1 ", " l2 ", " l3 "}, " l4 ", 1, 1, 1, " l5 ";" \
+                   : NAM56R_D##n(NAM56R_OLD) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(b_is)); \
+    } \
+    template <int b_is> \
+    __device__ static void held_first(float (&d)[n / 8][4], const unsigned (&a)[4], unsigned long long b) { \
+      asm volatile("{.reg .pred p;\nsetp.ne.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type \
                    " {" list "}, {" l0 ", " l1 ", " l2 ", " l3 "}, " l4 ", p, 1, 1, " l5 ";\n}" \
-                   : NAM56R_D##n : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(b_is), "n"(add)); \
+                   : NAM56R_D##n(NAM56R_NEW) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(b_is)); \
     } \
   };
 #define NAM56R_LIST8 \

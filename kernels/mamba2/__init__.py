@@ -41,7 +41,7 @@ def mamba2_scan(
 
     Returns y [B, S, H, P] in x's dtype and the final state [n, H, P, N] in fp32 (fp64 for fp64 inputs), with
     gradients through both.
-    The kernel `cuda` takes bf16 and fp16, P 32, 64, 128, N 32, 64, 128, 256, at most 32767 sequences (n), on compute
+    The kernel `cuda` takes bf16 and fp16, P 32, 64, 128, N 32, 64, 128, 256, at most 65535 sequences (n), on compute
     capability 9.0.
     Raises ValueError or TypeError, naming the argument, when shapes, dtypes or devices disagree; NoKernel when no kernel
     takes the problem.

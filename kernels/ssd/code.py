@@ -13,7 +13,8 @@ DTYPES = {torch.bfloat16: ("bf16", "BFloat16"), torch.float16: ("fp16", "Float16
 CAPABILITY = (9, 0)  # its kernels are made of wgmma, which later devices lack
 ROOM = 227 * 1024  # bytes of shared memory that a block may have there
 RANKS, HEADDIMS, STATES = (1, 2, 4, 8), (32, 64, 128), (32, 64, 128, 256)
-PASSES = ("forward",), ("query", "carry", "key")  # what is compiled together
+PASSES = ("forward",), ("walk", "gradient")  # what is compiled together
+THREADS = {"forward": 256, "walk": 256, "gradient": 384}  # of a block
 REGISTERED = extension.has("ssd_built", "ssd_kernel", "ssd_load", "ssd_shared", "ssd_launch")
 
 
@@ -76,5 +77,4 @@ def code(kernels: tuple[str, ...], shape: Shape, capability: tuple[int, int]) ->
         unit, cubin = nvrtc.compile("ssd", "kernels.cuh", names, nvrtc.arch_of(capability))
         content = torch.frombuffer(bytearray(cubin), dtype=torch.uint8)
         handles = torch.ops.nam56r.ssd_load(content, [unit.names[name] for name in names])
-    threads = [256 if shape.rank == 8 or kernel in ("forward", "carry") else 128 for kernel in kernels]
-    return tuple(Code(*one) for one in zip(handles, threads, (shared_bytes(kernel, shape) for kernel in kernels)))
+    return tuple(Code(h, THREADS[kernel], shared_bytes(kernel, shape)) for kernel, h in zip(kernels, handles))

@@ -1,7 +1,7 @@
-"""The binding to csrc/ssd: what its four kernels get, which code a shape needs, and the scan's operators with gradients.
+"""The binding to csrc/ssd: what its three kernels get, what code a shape needs, and the scan's operators with gradients.
 
-Forward: `prepare` (Triton), then the kernel forward. Backward: query, carry, key, then `finish` (Triton) and sums over
-spans. See csrc/ssd for what each writes.
+Forward: `prepare` (Triton), then the kernel forward. Backward: walk and gradient for each segment, the last first, then
+`finish` (Triton) and sums over a segment's places. See csrc/ssd for what each writes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from nam56r.kernels.ssd.sizes import MAMBA2, MIMO, SISO, Sizes, sizes_of
 FIELDS = tuple(
     """
     x B C z dy  y dx dB dC dz  L W OWN DT angles B_bias C_bias D psi zeta phi  state angle  cu first sequence_of
-    saved bases final final_k final_v final_angle  carried energy dfinal dstate
-    DQ DOWN DW dB_bias dC_bias dpsi dzeta dphi dD ddt_q ddt_k dangle_q dangle_k total_q total_k
+    saved bases final final_k final_v final_angle  states carried energy dfinal dstate
+    READ PAIRS WRITE DOWN DW dB_bias dC_bias dpsi dzeta dphi dD ddt_turned dangle_sum total
     S tokens H P heads_per_group G spans sequences every units splits angle_heads d_h d_p save
+    segment segment_spans segments
     x_b x_s x_h B_b B_s B_r B_g C_b C_s C_r C_g z_b z_s z_h dy_b dy_s dy_h a_b a_s a_h
     dB_b dB_s dB_r dB_g dB_split dC_b dC_s dC_r dC_g dC_split
     """.split()
@@ -35,10 +36,13 @@ def launch(kernels: tuple[str, ...], sizes: Sizes, fields: dict[str, torch.Tenso
     shape = Shape(x.dtype, sizes.model, sizes.rank, sizes.d_state)
     values = [fields.get(field) for field in FIELDS]
     numbers = [v.data_ptr() if isinstance(v, torch.Tensor) else v or 0 for v in values]
-    by_unit, by_group = (sizes.all_units, sizes.sequences), (sizes.groups * sizes.splits, sizes.total)
+    grids = {
+        "forward": (sizes.all_units, sizes.sequences, 1),
+        "walk": (sizes.all_units, sizes.sequences, 2),
+        "gradient": (sizes.groups * sizes.splits, sizes.places, 1),
+    }
     for kernel, one in zip(kernels, code(kernels, shape, Device.of(x.device).capability)):
-        grid = by_unit if kernel in ("forward", "carry") else by_group
-        torch.ops.nam56r.ssd_launch(x, one.handle, *grid, one.threads, one.shared, numbers)
+        torch.ops.nam56r.ssd_launch(x, one.handle, *grids[kernel], one.threads, one.shared, numbers)
 
 
 def dense(t: torch.Tensor | None, strided: bool = True) -> torch.Tensor | None:
@@ -84,15 +88,15 @@ def _strides(fields: dict, **tensors: tuple[torch.Tensor | None, str]) -> None:
 def _fields(sizes, x, B, C, angles, B_bias, C_bias, D, z, psi, zeta, phi, cu_seqlens, steps, tables) -> dict:
     """What forward and backward share."""
     fields = dict(
-        S=sizes.length, tokens=sizes.tokens, H=sizes.heads, P=sizes.headdim, heads_per_group=sizes.heads // sizes.groups, G=sizes.groups,
-        spans=sizes.spans, sequences=sizes.sequences, every=sizes.every, units=sizes.units, splits=sizes.splits,
-        angle_heads=sizes.angle_heads,
+        S=sizes.length, tokens=sizes.tokens, H=sizes.heads, P=sizes.headdim, G=sizes.groups,
+        heads_per_group=sizes.heads // sizes.groups, spans=sizes.spans, sequences=sizes.sequences, every=sizes.every,
+        units=sizes.units, splits=sizes.splits, angle_heads=sizes.angle_heads, segment_spans=sizes.segment_spans, segments=sizes.segments,
         B_bias=dense(B_bias, False), C_bias=dense(C_bias, False), psi=dense(psi, False), zeta=dense(zeta, False),
         phi=dense(phi, False), D=D, cu=cu_seqlens,
     )  # fmt: skip
     _strides(
         fields, x=(dense(x), "bsh"), B=(dense(B), "bsrg"), C=(dense(C), "bsrg"), z=(dense(z), "bsh"),
-        angles=(dense(angles), "bsh"),
+        angles=(None if angles is None else dense(torch.tanh(angles)), "bsh"),
     )  # fmt: skip
     if sizes.angle_heads == 1:
         fields["a_h"] = 0
@@ -134,7 +138,7 @@ def _outputs(sizes: Sizes, x: torch.Tensor, save: bool) -> tuple[torch.Tensor, .
         new(*((n, heads, sizes.rank, sizes.d_state) if turned else none)),
         new(*((n, heads, sizes.rank, sizes.headdim) if turned else none)),
         new(*((n, heads, sizes.pairs) if turned else none)),
-        new(*((sizes.total, *state) if save else none), dtype=x.dtype),
+        new(*((sizes.parts, *state) if save else none)),
         new(*((sizes.chunks, heads, sizes.pairs) if save and turned else none)),
     )
 
@@ -183,14 +187,14 @@ def _scan_backward(
             t.zero_() if given is None else t.copy_(given)
         return empty
     wide, turned, mimo = _wide(x), sizes.model != MAMBA2, sizes.model == MIMO
-    spans, units, tokens, heads = sizes.total, sizes.all_units, sizes.tokens, sizes.heads
+    units, tokens, heads = sizes.all_units, sizes.tokens, sizes.heads
     fields = _fields(sizes, x, B, C, angles, B_bias, C_bias, D, z, psi, zeta, phi, cu_seqlens, steps, tables)
 
     def new(*shape, dtype=wide):
         return x.new_empty(shape, dtype=dtype)
 
-    def summed(*shape):  # over spans, of which a packed problem doesn't use all
-        return x.new_zeros((spans, *shape), dtype=wide) if sizes.packed else new(spans, *shape)
+    def added(*shape):  # by every segment's launch
+        return x.new_zeros((sizes.places, *shape), dtype=wide)
 
     dx, dz = new(*x.shape, dtype=x.dtype), None if z is None else new(*x.shape, dtype=x.dtype)
     if sizes.splits == 1:
@@ -201,44 +205,42 @@ def _scan_backward(
         for name, t in (("dB", dB), ("dC", dC)):
             fields |= zip((f"{name}_{letter}" for letter in ("split", "b", "s", "r", "g")), t.stride())
             fields[name] = t
-    partial = {name: new(units, tokens) for name in ("DQ", "DOWN", "DW")} | {"energy": new(spans, units)}
-    if turned:
-        partial |= {name: new(units, tokens) for name in ("ddt_q", "ddt_k")}
-        partial |= {name: new(*sizes.wide_rows, sizes.pairs) for name in ("dangle_q", "dangle_k")}
-        partial |= {name: new(sizes.chunks, units, sizes.pairs) for name in ("total_q", "total_k")}
+    partial = {name: new(units, tokens) for name in ("READ", "PAIRS", "WRITE", "DOWN", "DW")}
+    partial["energy"] = new(sizes.chunks, units)
     sums = {}
     if turned:
-        sums |= {name: summed(units, sizes.rank, sizes.d_state) for name in ("dB_bias", "dC_bias")}
+        partial |= dict(ddt_turned=new(units, tokens), dangle_sum=new(sizes.angle_rows, tokens, sizes.pairs))
+        partial["total"] = new(sizes.chunks, units, sizes.pairs)
+        sums |= {name: added(units, max(4, sizes.rank), sizes.d_state) for name in ("dB_bias", "dC_bias")}  # a row a warp
     if mimo:
-        sums |= {name: summed(heads, sizes.rank, sizes.headdim) for name in ("dpsi", "dzeta", "dphi")}
+        sums |= {name: added(heads, sizes.rank, sizes.headdim) for name in ("dpsi", "dzeta", "dphi")}
     if D is not None:
-        sums["dD"] = summed(heads, sizes.headdim)
+        sums["dD"] = added(heads, sizes.headdim)
     _strides(fields, dy=(dense(torch.zeros_like(x) if dy is None else dy), "bsh"))
-    dfinal = dense(dfinal, False)
-    of_state = heads, sizes.headdim, sizes.d_state
-    dstate, carried = new(sizes.sequences, *of_state), new(spans, *of_state, dtype=x.dtype)
+    dstate = new(sizes.sequences, heads, sizes.headdim, sizes.d_state)
+    states, carried = (new(sizes.places * sizes.every, units, sizes.tile, dtype=x.dtype) for _ in range(2))
     fields |= partial | sums
-    fields |= dict(saved=saved, bases=bases if turned else None, carried=carried, dfinal=dfinal, dstate=dstate)
-    fields |= dict(dx=dx, dz=dz)
-    launch(PASSES[1], sizes, fields)
+    fields |= dict(
+        saved=saved, bases=bases if turned else None, states=states, carried=carried, dfinal=dense(dfinal, False),
+        dstate=dstate, dx=dx, dz=dz,
+    )  # fmt: skip
+    for segment in reversed(range(sizes.segments)):
+        launch(PASSES[1], sizes, fields | {"segment": segment * sizes.segment_spans})
 
     if sizes.splits > 1:
         dB, dC = dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype)
     totals = {name: t.sum(0) for name, t in sums.items()}
     for name in ("dB_bias", "dC_bias") if turned else ():
-        totals[name] = totals[name].unflatten(0, (heads, sizes.blocks)).sum(1) if sizes.blocks > 1 else totals[name]
+        totals[name] = totals[name].view(heads, sizes.blocks, sizes.rank, -1, sizes.d_state).sum((1, 3))
     if D is not None and D.ndim == 1:
         totals["dD"] = totals["dD"].sum(1)
-    if mimo and z is None:
-        totals["dzeta"].zero_()
     if turned and (dfinal_k is not None or dfinal_v is not None):
         dfinal_angle = _last(
             sizes, dfinal_k, dfinal_v, dfinal_angle, x, B, B_bias, psi, final_angle, cu_seqlens, dx, dB, totals
         )
-    angles = fields["angles"]
     ddt, dlog_decay, dtrap, dangles, dA, ddt_bias, dangle = finish(
-        sizes, partial, steps, tables, dt, trap, angles, A, dt_bias, softplus, cu_seqlens,
-        dense(dfinal_angle, False), angle, x.dtype, dfinal is not None,
+        sizes, partial, steps, tables, dt, trap, fields["angles"], A, dt_bias, softplus, cu_seqlens,
+        dense(dfinal_angle, False), angle,
     )  # fmt: skip
     gradients = (
         dx, dB, dC, ddt, dlog_decay, dtrap, dangles, dA, ddt_bias, totals.get("dB_bias"), totals.get("dC_bias"),

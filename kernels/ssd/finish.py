@@ -2,15 +2,17 @@
 
 Three Triton launches, one for Mamba-2; u is a head's unit, sums over its units are meant where a head is named.
 
-1. carry    per sequence and head: what the angles of chunk j still turn later, carry_j = dangle_final + Σ of (total_q +
-            total_k) over the later chunks. With all chunks it is the initial angle's gradient.
-2. spans    dlog_decay_t = <S, dS> before the span − Σ over t' < t of the span of (DQ_t' − W_t' DW_t'): what still passes t. Every
-            term has been through the decays up to it, so that little is left to cancel where they are strong.
+1. carry    per sequence and head: what the angles of chunk j still turn later, carry_j = dangle_final + Σ of total over
+            the later chunks. With all chunks it is the initial angle's gradient.
+2. decays   dlog_decay_t = energy + Σ_{t' >= t} READ_t' + Σ_{t' < t} (W_t' DW_t' − PAIRS_t') over the chunk's tokens: what
+            passes all of it; what t and later tokens read of the state before it; what earlier ones wrote for these and
+            for the state behind it. All this has been through t's decay; what cancels in the last sum are pairs of
+            earlier tokens of the chunk, which are in DW and in PAIRS.
             With dγ = DOWN + DW and dc_t = DW_{t-1} (0 at a sequence's start):
             ddt = λ dγ + (1 − λ) dc, dtrap = λ (1 − λ) dt (dγ − dc). Mamba-2: ddt = dγ + A dlog_decay, then what is
             before it: dA, softplus, dt_bias.
-3. angles   ddt_t += ddt_q + ddt_k + π Σ_i tanh(a_i) carry_i
-            dangle_{t,i} = π (1 − tanh²) (dangle_q + dangle_k + Σ_h dt_{t,h} carry_{h,i})
+3. angles   ddt_t += ddt_turned + π Σ_i tanh(a_i) carry_i
+            dangle_{t,i} = π (1 − tanh²) (dangle_sum + Σ_h dt_{t,h} carry_{h,i})
 """
 
 from __future__ import annotations
@@ -23,22 +25,14 @@ from nam56r.kernels.ssd.prepare import COUNTS, locate, numbering, offsets, sigmo
 from nam56r.kernels.ssd.sizes import Sizes
 
 PI = tl.constexpr(3.141592653589793)
-TOKENS, HEADS = 256, 8  # of a program of `spans`
-LEAST = {torch.bfloat16: -8.0, torch.float16: -11.0}  # log decays that leave less than the rounding
+TOKENS, HEADS = 256, 8  # of a program of `decays`
 CHUNKS = 64  # that `carry` loads at once
 ROWS, TURNED = 16, 4096  # tokens of a program of `angles`, and what it adds up at once
 
 
-@triton.jit
-def tanh(t):
-    shrunk = tl.exp(-2 * tl.abs(t))
-    size = (1 - shrunk) / (1 + shrunk)
-    return tl.where(t < 0, -size, size)
-
-
 @triton.jit(do_not_specialize=("length", "spans"))
 def carry_kernel(
-    total_q, total_k, dfinal, carry, dinitial, cu_seqlens, tables, length, spans, heads, pairs,
+    totals, dfinal, carry, dinitial, cu_seqlens, tables, length, spans, heads, pairs,
     BLOCKS: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr, CHUNKS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     head, sequence = tl.program_id(0), tl.program_id(1)
@@ -62,7 +56,7 @@ def carry_kernel(
         turned = tl.zeros([CHUNKS, PAIRS], carry.dtype.element_ty)
         for part in tl.static_range(BLOCKS):
             at = (row * BLOCKS + part) * pairs + pair[None, :]
-            turned += tl.load(total_q + at, mask=inside, other=0.0) + tl.load(total_k + at, mask=inside, other=0.0)
+            turned += tl.load(totals + at, mask=inside, other=0.0)
         reached = tl.cumsum(turned, 0, reverse=True) + later[None, :]
         tl.store(carry + row * pairs + pair[None, :], reached - turned, mask=inside)
         later += tl.sum(turned, 0)
@@ -71,56 +65,50 @@ def carry_kernel(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def spans_kernel(
-    dq, down, dw, L, W, DT, energy, dt, trap, A, bias, cu_seqlens,
+def decays_kernel(
+    energy, reads, pairs, writes, down, dw, W, DT, dt, trap, A, bias, cu_seqlens,
     ddt, dlog_decay, dtrap, sums,
     dt_at, trap_at, ddt_at, ddecay_at, dtrap_at,  # strides [B, H, S]
     length, sequences, spans, total, search, heads, tokens,
-    SOFTPLUS: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
-    HEADS: tl.constexpr, FINAL: tl.constexpr, LEAST: tl.constexpr,
+    SOFTPLUS: tl.constexpr, BLOCKS: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr, ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
-    span = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    sequence, begin, end, start = locate(span, cu_seqlens, length, sequences, spans, total, search, SPAN)
-    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)
-    between = (head < heads)[:, None] & (start < end)[None, :]
-    of_span = span.to(tl.int64)[None, :] * heads + head[:, None]
+    chunk = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    span = chunk // EVERY
+    sequence, begin, end, start = locate(span, cu_seqlens, length, sequences, spans, total, search, CHUNK * EVERY)
+    start += (chunk % EVERY) * CHUNK
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None, None]
     wide = W.dtype.element_ty
-    passing = tl.zeros([HEADS, ROWS], wide)
-    for part in tl.static_range(BLOCKS):
-        passing += tl.load(energy + of_span * BLOCKS + part, mask=between, other=0.0)
-    # whether anything behind the span is read: then nothing that passes is exactly 0
-    last = (start + SPAN >= end)[None, :]
-    behind = tl.where(last, 1.0 if FINAL else 0.0, 0.0) + passing * 0
-    for part in tl.static_range(BLOCKS):
-        behind += tl.abs(tl.load(energy + (of_span + heads) * BLOCKS + part, mask=between & ~last, other=0.0))
-
-    head = head[:, None, None]
-    token = start[None, :, None] + tl.arange(0, SPAN)[None, None, :]
+    token = start[None, :, None] + tl.arange(0, CHUNK)[None, None, :]
     end = end[None, :, None]
     begin = begin[None, :, None]
     row = tl.where(sequence < sequences, sequence, 0).to(tl.int64)[None, :, None]
     if cu_seqlens is not None:
         row *= 0
     inside = (token < end) & (head < heads)
-    read = tl.zeros([HEADS, ROWS, SPAN], wide)
-    own, later, before = read, read, read
+    read = tl.zeros([HEADS, ROWS, CHUNK], wide)
+    own, later, before, paired, left = read, read, read, read, read
+    passing = tl.zeros([HEADS, ROWS, 1], wide)
+    used = (start[None, :, None] < end) & (head < heads)
     for part in tl.static_range(BLOCKS):
+        at = (chunk.to(tl.int64)[None, :, None] * heads + head) * BLOCKS + part
+        passing += tl.load(energy + at, mask=used, other=0.0)
         at = (head * BLOCKS + part) * tokens + token
-        read += tl.load(dq + at, mask=inside, other=0.0)
+        read += tl.load(reads + at, mask=inside, other=0.0)
+        paired += tl.load(pairs + at, mask=inside, other=0.0)
+        left += tl.load(writes + at, mask=inside, other=0.0)
         own += tl.load(down + at, mask=inside, other=0.0)
         later += tl.load(dw + at, mask=inside, other=0.0)
         if trap is not None:
             before += tl.load(dw + at - 1, mask=inside & (token > begin), other=0.0)
-    own += later
     weight = tl.load(W + head * tokens + token, mask=inside, other=0.0)
-    stays = read - weight * later
-    decayed = passing[:, :, None] - (tl.cumsum(stays, 2) - stays)
-    # what passes a decay is a difference of what is rounded: below LEAST nothing of it is left but the rounding
-    sofar = tl.load(L + head * tokens + token, mask=inside, other=0.0)
-    first = (token - begin) % CHUNK == 0
-    decay = sofar - tl.load(L + head * tokens + token - 1, mask=inside & ~first, other=0.0)
-    behind = tl.cumsum(tl.abs(read), 2, reverse=True) + behind[:, :, None]
-    decayed = tl.where((decay < LEAST) | (behind == 0), 0.0, decayed)
+    passed = weight * later - paired
+    decayed = passing + tl.cumsum(read, 2, reverse=True) + (tl.cumsum(passed, 2) - passed)
+    # exactly 0 where nothing from t on is read, though the sum's rounding is not
+    behind = tl.cumsum(tl.abs(read) + tl.abs(own), 2, reverse=True) + tl.abs(passing)
+    behind += tl.sum(tl.abs(left), 2, keep_dims=True)
+    decayed = tl.where(behind == 0, 0.0, decayed)
+    own += later
     if trap is None:
         weight_A = tl.load(A + head, mask=head < heads, other=0.0)
         gradient = own + weight_A * decayed
@@ -155,11 +143,11 @@ def spans_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def angles_kernel(
-    ddt_q, ddt_k, dangle_q, dangle_k, carry, DT, angles, cu_seqlens, sofar, ddt, dangle,
+    ddt_turned, dangle_sum, carry, DT, angles, cu_seqlens, sofar, ddt, dangle,
     angles_at, dangle_at, sofar_at, ddt_at,  # strides [B, S, H, NA], the last 1, and twice [B, H, S]
     length, sequences, spans, total, search, tokens, pairs,
-    heads: tl.constexpr, sums: tl.constexpr, SHARED: tl.constexpr, BLOCKS: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr, ROWS: tl.constexpr,
-    HEADS: tl.constexpr, PAIRS: tl.constexpr,
+    heads: tl.constexpr, sums: tl.constexpr, SHARED: tl.constexpr, BLOCKS: tl.constexpr, CHUNK: tl.constexpr,
+    EVERY: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     parts: tl.constexpr = CHUNK // ROWS
     chunk = tl.program_id(0) // parts
@@ -182,11 +170,11 @@ def angles_kernel(
     at_angle = position * angles_at[1] + pair[None, :]
     at_dangle = position * dangle_at[1] + pair[None, :]
     if SHARED:
-        bent = tanh(tl.load(angles + at_angle, mask=both, other=0.0))
+        bent = tl.load(angles + at_angle, mask=both, other=0.0)
         turned = tl.zeros([ROWS, PAIRS], DT.dtype.element_ty)
         for block in range(sums):
             at = (tl.full([], block, tl.int64) * tokens + token)[:, None] * pairs + pair[None, :]
-            turned += tl.load(dangle_q + at, mask=both, other=0.0) + tl.load(dangle_k + at, mask=both, other=0.0)
+            turned += tl.load(dangle_sum + at, mask=both, other=0.0)
     for block in range((heads + HEADS - 1) // HEADS):
         head = (block * HEADS + tl.arange(0, HEADS)).to(tl.int64)
         inside = (head < heads)[:, None] & live[None, :]
@@ -201,13 +189,13 @@ def angles_kernel(
         else:
             each = inside[:, :, None] & (pair < pairs)[None, None, :]
             at = at_angle[None, :, :] + head[:, None, None] * angles_at[2]
-            bent = tanh(tl.load(angles + at, mask=each, other=0.0))
+            bent = tl.load(angles + at, mask=each, other=0.0)
             turning = tl.sum(bent * later, 2)
             turned = duration * later
             for part in tl.static_range(BLOCKS):
                 at = (head[:, None] * BLOCKS + part) * tokens + token[None, :]
                 at = at[:, :, None] * pairs + pair[None, None, :]
-                turned += tl.load(dangle_q + at, mask=each, other=0.0) + tl.load(dangle_k + at, mask=each, other=0.0)
+                turned += tl.load(dangle_sum + at, mask=each, other=0.0)
             turned *= PI * (1 - bent * bent)
             at = at_dangle[None, :, :] + head[:, None, None] * dangle_at[2]
             tl.store(dangle + at, turned, mask=each)
@@ -215,7 +203,7 @@ def angles_kernel(
         gradient = tl.load(sofar + at, mask=inside, other=0.0) + PI * turning
         for part in tl.static_range(BLOCKS):
             at = (head[:, None] * BLOCKS + part) * tokens + token[None, :]
-            gradient += tl.load(ddt_q + at, mask=inside, other=0.0) + tl.load(ddt_k + at, mask=inside, other=0.0)
+            gradient += tl.load(ddt_turned + at, mask=inside, other=0.0)
         at = offsets(begin, token[None, :], head[:, None], ddt_at, cu_seqlens)
         tl.store(ddt + at, gradient.to(ddt.dtype.element_ty), mask=inside)
     if SHARED:
@@ -236,20 +224,16 @@ def finish(
     cu_seqlens: torch.Tensor | None,
     dfinal_angle: torch.Tensor | None,
     initial_angle: bool,
-    dtype: torch.dtype,
-    final: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """partial: what the CUDA kernels wrote, by their fields' names.
-
-    dtype: of x, and so what the products were rounded to; final: whether the final state has a gradient.
+    """partial: what the CUDA kernels wrote, by their fields' names; angles: tanh of them.
 
     Gives the gradients of dt, log_decay, trap (in their layouts, log_decay's in dt's and wide), of the angles, A, dt_bias
     and the initial angle, each None where the model has none (the last also without `initial_angle`).
     """
     heads = min(HEADS, triton.next_power_of_2(sizes.heads))
-    rows, none = max(1, TOKENS // sizes.span), (0, 0, 0)
+    rows, none = TOKENS // sizes.chunk, (0, 0, 0)
     wide, numbers = steps.dtype, numbering(sizes)
-    programs = triton.cdiv(sizes.total, rows)
+    programs = triton.cdiv(sizes.chunks, rows)
     ddt = torch.empty_like(dt)
     # not ddt: threads that hold the same element would add to it twice
     sofar = torch.empty_like(dt, dtype=wide) if sizes.model else ddt
@@ -260,13 +244,13 @@ def finish(
     else:
         sums = steps.new_empty(2, programs, sizes.heads)
     with torch.cuda.device_of(dt):
-        spans_kernel[programs, triton.cdiv(sizes.heads, heads)](
-            partial["DQ"], partial["DOWN"], partial["DW"], steps[0], W, DT, partial["energy"], dt, trap, A, dt_bias,
-            cu_seqlens, sofar, dlog_decay, dtrap, sums,
+        decays_kernel[programs, triton.cdiv(sizes.heads, heads)](
+            *(partial[name] for name in ("energy", "READ", "PAIRS", "WRITE", "DOWN", "DW")), W, DT, dt, trap, A,
+            dt_bias, cu_seqlens, sofar, dlog_decay, dtrap, sums,
             dt.stride(), trap.stride() if sizes.model else none, sofar.stride(),
             dlog_decay.stride() if sizes.model else none, dtrap.stride() if sizes.model else none,
             *numbers, sizes.heads, sizes.tokens,
-            softplus, sizes.blocks, sizes.span, sizes.chunk, rows, heads, final, LEAST.get(dtype, -float("inf")), num_warps=8,
+            softplus, sizes.blocks, sizes.chunk, sizes.every, rows, heads, num_warps=8,
         )  # fmt: skip
         if not sizes.model:
             return ddt, None, None, None, sums[0].sum(0), None if dt_bias is None else sums[1].sum(0), None
@@ -275,17 +259,18 @@ def finish(
             dinitial = steps.new_empty(sizes.sequences, sizes.heads, sizes.pairs)
         pairs = triton.next_power_of_2(sizes.pairs)
         carry_kernel[sizes.heads, sizes.sequences](
-            partial["total_q"], partial["total_k"], dfinal_angle, carry, dinitial, cu_seqlens,
+            partial["total"], dfinal_angle, carry, dinitial, cu_seqlens,
             tables if sizes.packed else None, sizes.length, sizes.spans, sizes.heads, sizes.pairs,
             sizes.blocks, sizes.chunk, sizes.every, CHUNKS, pairs, num_warps=4,
         )  # fmt: skip
-        heads = min(heads, TURNED // (2 if sizes.angle_heads > 1 else 1) // (ROWS * pairs))
+        rows = min(ROWS, sizes.chunk)
+        heads = min(heads, TURNED // (2 if sizes.angle_heads > 1 else 1) // (rows * pairs))
         dangle = torch.empty_like(angles, memory_format=torch.contiguous_format)
-        angles_kernel[(sizes.chunks * (sizes.chunk // ROWS),)](
-            partial["ddt_q"], partial["ddt_k"], partial["dangle_q"], partial["dangle_k"], carry, DT, angles,
-            cu_seqlens, sofar, ddt, dangle,
+        angles_kernel[(sizes.chunks * (sizes.chunk // rows),)](
+            partial["ddt_turned"], partial["dangle_sum"], carry, DT, angles, cu_seqlens, sofar, ddt, dangle,
             angles.stride(), dangle.stride(), sofar.stride(), ddt.stride(),
             *numbers, sizes.tokens, sizes.pairs,
-            sizes.heads, sizes.wide_rows[0], sizes.angle_heads == 1, sizes.blocks, sizes.chunk, sizes.every, ROWS, heads, pairs, num_warps=4,
+            sizes.heads, sizes.angle_rows, sizes.angle_heads == 1, sizes.blocks, sizes.chunk, sizes.every, rows, heads,
+            pairs, num_warps=4,
         )  # fmt: skip
     return ddt, dlog_decay, dtrap, dangle, None, None, dinitial

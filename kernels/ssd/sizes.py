@@ -1,4 +1,4 @@
-"""What the kernels of a scan have to agree on: chunks, spans, units, and how spans are numbered."""
+"""What the kernels of a scan have to agree on: chunks, spans, segments, units, and how they are numbered."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import torch
 
 MAMBA2, SISO, MIMO = 0, 1, 2  # the model: nothing turned; adjacent pairs turned; pairs N / 2 apart, Ψ, ζ, Φ
-CHUNK = {1: 64, 2: 32, 4: 16, 8: 16}  # tokens of a chunk, by rank: 64 rows of scores, at rank 8 128
-SPAN, SPAN_OF_RANKS = 128, 64  # tokens of a span; what is saved for the backward is one state a span
+ROWS = 64  # of a chunk's scores: its tokens times the rank
+EVERY = 2  # chunks of a span
+COLUMNS = 64  # of a unit
 MOST_UNITS = 16  # of one block
-MOST_SPANS = 65535  # CUDA's bound of a grid's y
+MOST_ROWS = 65535  # CUDA's bound of a grid's y
+SCRATCH = 2**28  # bytes that the backward takes for a segment's states and their gradients, in 16 bits,
+LEAST_SPANS = 8  # unless these, of every sequence, take more
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,10 @@ class Sizes:
     Spans are numbered without a sum over sequences: span k of sequence i is first[i] + k, where first[i] is i times
     `spans` in a batch, and cu_seqlens[i] // span + i when packed, which leaves some numbers unused. There are `total`
     numbers. Chunk j of a span is span number * every + j.
+
+    The backward takes a segment at a time, the last first: segment s is the spans from s * segment_spans on, of every
+    sequence of a batch, of all numbers when packed. What of it lies in one sequence is a part. A span's place in its
+    segment is a number too: sequence * segment_spans + k - s * segment_spans, when packed number - s * segment_spans.
     """
 
     model: int
@@ -37,7 +44,8 @@ class Sizes:
     chunk: int
     every: int
     spans: int  # of a sequence; all numbers when packed
-    total: int
+    segment_spans: int
+    segments: int
     units: int
     splits: int  # blocks that share a group
 
@@ -51,7 +59,7 @@ class Sizes:
 
     @property
     def columns(self) -> int:
-        return min(self.headdim, 64)
+        return min(self.headdim, COLUMNS)
 
     @property
     def blocks(self) -> int:
@@ -62,14 +70,38 @@ class Sizes:
         return self.heads * self.blocks
 
     @property
+    def tile(self) -> int:
+        return tile_of(self.d_state)
+
+    @property
+    def total(self) -> int:
+        """Numbers of spans."""
+        return self.spans if self.packed else self.sequences * self.spans
+
+    @property
     def chunks(self) -> int:
         """Numbers of chunks."""
         return self.total * self.every
 
     @property
-    def wide_rows(self) -> tuple[int, int]:
-        """Where the angles' gradients of q, and of k, are summed: over a block's heads, or not at all."""
-        return (self.groups * self.splits if self.angle_heads == 1 else self.all_units), self.tokens
+    def places(self) -> int:
+        """Of a segment's spans."""
+        return self.segment_spans if self.packed else self.sequences * self.segment_spans
+
+    @property
+    def parts(self) -> int:
+        """Numbers of parts: of sequence i in segment s it is i * segments + s, when packed i + s."""
+        return self.sequences + self.segments if self.packed else self.sequences * self.segments
+
+    @property
+    def angle_rows(self) -> int:
+        """Sums that the angles' gradients are made in: one a block's heads, or one a unit."""
+        return self.groups * self.splits if self.angle_heads == 1 else self.all_units
+
+
+def tile_of(d_state: int) -> int:
+    """Elements of a unit's state as it lies in shared memory: in rows of 64 at least."""
+    return COLUMNS * max(d_state, 64)
 
 
 def sizes_of(
@@ -79,21 +111,19 @@ def sizes_of(
     (batch, length, heads, headdim), (rank, groups, d_state) = x.shape, B.shape[2:]
     packed = cu_seqlens is not None
     sequences = cu_seqlens.shape[0] - 1 if packed else batch
-    if sequences > MOST_SPANS // 2:
-        raise ValueError(f"there are {sequences} sequences, but the CUDA scan takes at most {MOST_SPANS // 2}")
-    chunk = CHUNK[rank]
-    every = max(1, (SPAN_OF_RANKS if model == MIMO and rank > 1 else SPAN) // chunk)
-    while True:
-        span = every * chunk
-        spans = length // span + sequences if packed else -(-length // span)
-        total = spans if packed else batch * spans
-        if total <= MOST_SPANS:
-            break
-        every *= 2
-    of_group = heads // groups * (headdim // min(headdim, 64))
+    if sequences > MOST_ROWS:
+        raise ValueError(f"there are {sequences} sequences, but the CUDA scan takes at most {MOST_ROWS}")
+    chunk, blocks = ROWS // rank, headdim // min(headdim, COLUMNS)
+    span = EVERY * chunk
+    spans = length // span + sequences if packed else -(-length // span)
+    most, rows = max(1, spans), 1 if packed else max(1, sequences)
+    fit = SCRATCH // (2 * heads * blocks * tile_of(d_state) * 2) // (EVERY * rows)
+    segments = -(-most // min(max(LEAST_SPANS, fit), MOST_ROWS // rows))
+    segment_spans = -(-most // segments)  # evened out
+    of_group = heads // groups * blocks
     units = next(n for n in range(min(of_group, MOST_UNITS), 0, -1) if of_group % n == 0)
     return Sizes(
         model, batch, length, heads, headdim, rank, groups, d_state,
         0 if angles is None else angles.shape[3], 1 if angles is None else angles.shape[2], packed, sequences,
-        chunk, every, spans, total, units, of_group // units,
+        chunk, EVERY, spans, segment_spans, -(-most // segment_spans), units, of_group // units,
     )  # fmt: skip

@@ -1,7 +1,7 @@
-"""The four kernels of csrc/ssd in plain PyTorch, any dtype: what each reads and writes, from the fields that it gets.
+"""The three kernels of csrc/ssd in plain PyTorch, any dtype: what each reads and writes, from the fields that it gets.
 
-A span is one differentiable function of everything in it; what the backward's kernels write are its gradients. Heads are
-units here: a head's P columns in blocks of at most 64.
+A span is one differentiable function of everything in it; what `gradient` writes are its gradients. Heads are units
+here: a head's P columns in blocks of at most 64.
 """
 
 import math
@@ -17,7 +17,7 @@ GARBAGE = 7.0  # in scratch memory, whose content means nothing
 def launch(kernels, sizes, fields):
     """Stands for nam56r.kernels.ssd.cuda.launch."""
     for kernel in kernels:
-        {"forward": forward, "query": query, "carry": carry, "key": key}[kernel](Problem(sizes, fields))
+        {"forward": forward, "walk": walk, "gradient": gradient}[kernel](Problem(sizes, fields))
 
 
 class Problem:
@@ -61,17 +61,36 @@ class Problem:
     def first_span(self, i):
         return i * self.f.spans if self.f.cu is None else self.f.first[i].item()
 
-    def spans_of(self, i):
-        length = self.sequences()[i][3]
-        return [(self.first_span(i) + k, k) for k in range(-(-length // (self.f.every * self.CT)))]
+    def chunks_of(self, i):
+        return -(-self.sequences()[i][3] // self.CT)
 
-    def all_spans(self):
-        """(span, sequence, its place in it) as a grid over all numbers sees them."""
-        n = self.f.sequences
-        if self.f.cu is None:
-            return [(i * self.f.spans + k, i, k) for i in range(n) for k in range(self.f.spans)]
-        marked = enumerate(self.f.sequence_of[: self.f.spans].tolist())
-        return [(span, i, span - self.first_span(i)) for span, i in marked if i != n]
+    def in_segment(self, i):
+        """The chunks of sequence i that lie in this segment, by their numbers in the sequence."""
+        f, before = self.f, 0 if self.f.cu is None else self.first_span(i)
+        begin, end = f.segment - before, f.segment + f.segment_spans - before
+        return range(max(0, begin) * f.every, min(self.chunks_of(i), end * f.every))
+
+    def place(self, i, chunk):
+        """Where `states` and `carried` have a chunk of a sequence."""
+        f = self.f
+        return ((i * f.segment_spans if f.cu is None else self.first_span(i)) - f.segment) * f.every + chunk
+
+    def part_number(self, i, segment):
+        return i * self.f.segments + segment if self.f.cu is None else i + segment
+
+    def spans(self):
+        """(place, span, sequence, number in it) of the segment, as gradient's grid sees them."""
+        f, places = self.f, []
+        for place in range(f.segment_spans * (1 if f.cu is not None else f.sequences)):
+            if f.cu is None:
+                i, k = place // f.segment_spans, f.segment + place % f.segment_spans
+            else:
+                number = f.segment + place
+                i = f.sequence_of[number].item() if number < f.spans else f.sequences
+                k = number - self.first_span(i)
+            if i < f.sequences and k * f.every < self.chunks_of(i):
+                places.append((place, self.first_span(i) + k, i, k))
+        return places
 
     def unit(self, t):
         """[..., H, P] -> [..., U, BP]"""
@@ -102,7 +121,7 @@ class Problem:
             p.B = p.B + self.by_unit(f.B_bias)
             p.C = p.C + self.by_unit(f.C_bias)
         p.x = self.unit(self.x[row, here]).to(self.wide)
-        p.z = None if self.z is None else self.unit(self.z[row, here]).to(self.wide)
+        p.z, p.dy = (None if t is None else self.unit(t[row, here]).to(self.wide) for t in (self.z, self.dy))
         p.psi, p.zeta, p.phi = (self.ranks(t) if self.model == 2 else None for t in (f.psi, f.zeta, f.phi))
         if self.model == 2 and self.z is None:
             p.zeta = None
@@ -112,18 +131,19 @@ class Problem:
         plane = self.H, f.tokens
         numbers = (self.array(name, *plane)[:, all_here] for name in ("L", "W", "OWN", "DT"))
         p.L, p.W, p.OWN, p.DT = map(self.by_unit, numbers)
-        p.delta = torch.zeros_like(p.L)
+        p.read = p.pairs = p.write = torch.zeros_like(p.L)  # to be differentiated by
         if self.model:
-            p.tanh = torch.tanh(self.angles[row, here]).transpose(0, 1)  # [H, l, NA]
+            p.tanh = self.angles[row, here].transpose(0, 1)  # [H, l, NA]
             p.turn = self.by_unit(p.tanh * math.pi) * p.DT[..., None]
-            p.theta_q = p.theta_k = torch.zeros_like(p.turn)
+            p.theta = torch.zeros_like(p.turn)
         return p
 
-    def bases(self, span):
-        """Radians before every chunk of a span: [every, U, NA]"""
-        f = self.f
-        rows = f.bases[span * f.every : (span + 1) * f.every] * 2 * math.pi
-        return rows.repeat_interleave(self.blocks, 1)
+    def chunks(self, p):
+        return [slice(at, min(at + self.CT, p.length)) for at in range(0, p.length, self.CT)]
+
+    def base(self, i, chunk):
+        """Radians before a chunk: [U, NA]"""
+        return self.by_unit(self.f.bases[self.first_span(i) * self.f.every + chunk] * 2 * math.pi)
 
     def rotate(self, t, angle):
         """t [l, U, R, N] turned by angle [U, l, NA]: complex numbers."""
@@ -134,53 +154,51 @@ class Problem:
         parts = torch.view_as_real(numbers)
         return (parts if self.model == 1 else parts.mT).flatten(-2)
 
-    def run(self, p, state, bases):
-        """y [l, U, BP] and the state at the end of a span, chunk by chunk; also the last k and v."""
-        outputs = []
-        for j, at in enumerate(range(0, p.length, self.CT)):
-            c = slice(at, min(at + self.CT, p.length))
-            q, k = p.C[c], p.B[c]
-            if self.model:
-                angle = bases[j][:, None] + p.turn[:, c].cumsum(1)
-                q, k = self.rotate(q, angle + p.theta_q[:, c]), self.rotate(k, angle + p.theta_k[:, c])
-            v = p.x[c][:, :, None] * (p.psi if self.model == 2 else 1)
-            L, w = p.L[:, c], p.W[:, c]
-            below = (L + p.delta[:, c])[:, :, None] - L[:, None, :]
-            earlier = torch.ones_like(below, dtype=torch.bool).tril(-1)
-            mix = below.masked_fill(~earlier, -torch.inf).exp() * w[:, None, :] + torch.diag_embed(p.OWN[:, c])
-            scores = torch.einsum("turn,suon->utrso", q, k) * mix[:, :, None, :, None]
-            y = torch.einsum("utrso,suop->turp", scores, v)
-            y = y + torch.einsum("turn,upn,ut->turp", q, state, (L + p.delta[:, c]).exp())
-            y = y + p.D[:, None] * v
-            if p.phi is not None:
-                y = y * p.phi
-            if p.z is not None:
-                gate = p.z[c][:, :, None] * (1 if p.zeta is None else p.zeta)
-                y = y * gate * torch.sigmoid(gate)
-            outputs.append(y.sum(2))
-            grown = (L[:, -1:] - L).exp() * w
-            state = L[:, -1].exp()[:, None, None] * state + torch.einsum("us,surp,surn->upn", grown, v, k)
-        return torch.cat(outputs), state, k[-1], v[-1]
+    def run(self, p, c, state, base):
+        """Of the chunk that is the slice c of p: y [l, U, BP], the state at its end, the last k and v."""
+        q, k = p.C[c], p.B[c]
+        if self.model:
+            angle = base[:, None] + p.turn[:, c].cumsum(1) + p.theta[:, c]
+            q, k = self.rotate(q, angle), self.rotate(k, angle)
+        v = p.x[c][:, :, None] * (p.psi if self.model == 2 else 1)
+        L, w = p.L[:, c], p.W[:, c]
+        below = (L + p.pairs[:, c])[:, :, None] - L[:, None, :]
+        earlier = torch.ones_like(below, dtype=torch.bool).tril(-1)
+        mix = below.masked_fill(~earlier, -torch.inf).exp() * w[:, None, :] + torch.diag_embed(p.OWN[:, c])
+        scores = torch.einsum("turn,suon->utrso", q, k) * mix[:, :, None, :, None]
+        y = torch.einsum("utrso,suop->turp", scores, v)
+        y = y + torch.einsum("turn,upn,ut->turp", q, state, (L + p.read[:, c]).exp())
+        y = y + p.D[:, None] * v
+        if p.phi is not None:
+            y = y * p.phi
+        if p.z is not None:
+            gate = p.z[c][:, :, None] * (1 if p.zeta is None else p.zeta)
+            y = y * gate * torch.sigmoid(gate)
+        grown = (L[:, -1:] - L).exp() * (w + p.write[:, c])
+        state = L[:, -1].exp()[:, None, None] * state + torch.einsum("us,surp,surn->upn", grown, v, k)
+        return y.sum(2), state, k[-1], v[-1]
 
-    def gradients(self, p, state, bases, dstate, names):
-        """Of Σ dy y + <the state at the end, dstate>, by the named leaves of p; "state" is the first state's."""
+    def gradients(self, p, befores, bases, afters, names):
+        """Of Σ dy y + Σ <the state at a chunk's end, its gradient>, by the named leaves of p."""
         with torch.enable_grad():
-            leaves = {}
-            for name in names:
-                value = state if name == "state" else getattr(p, name)
-                if value is not None:
-                    leaves[name] = value.detach().clone().requires_grad_()
-            changed = SimpleNamespace(**vars(p) | {n: t for n, t in leaves.items() if n != "state"})
-            y, last, *_ = self.run(changed, leaves.get("state", state), bases)
-            dy = self.unit(self.dy[p.row, p.here]).to(self.wide)
-            loss = (dy * y).sum() + (0 if dstate is None else (dstate * last).sum())
+            leaves = {name: getattr(p, name).clone().requires_grad_() for name in names if getattr(p, name) is not None}
+            changed = SimpleNamespace(**vars(p) | leaves)
+            loss = 0
+            for c, before, base, after in zip(self.chunks(p), befores, bases, afters, strict=True):
+                y, state, *_ = self.run(changed, c, before, base)
+                loss = loss + (p.dy[c] * y).sum() + (after * state).sum()
             found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
         return SimpleNamespace(**dict(zip(leaves, found)))
 
     def states(self, name):
-        """[spans, U, BP, N]"""
+        """[parts, U, BP, N] of saved"""
         t = getattr(self.f, name)
         return t.view(t.shape[0], self.U, self.BP, self.N)
+
+    def scratch(self, name, i, chunk):
+        """[U, BP, N] of a chunk in states or carried: a layout of its own."""
+        rows = getattr(self.f, name)[self.place(i, chunk)]
+        return rows[:, : self.BP * self.N].view(self.U, self.N, self.BP).mT
 
     def per_group(self, name, p, gradient, index):
         """Write dB or dC [l, U, R, N] of a block's units into the group's place of its split."""
@@ -202,15 +220,13 @@ class Problem:
         first = g * self.f.heads_per_group * self.blocks + split * self.f.units
         return slice(first, first + self.f.units)
 
-    def turned(self, side, p, span, theta):
-        """ddt, dangle, total of q or k from theta [U, l, NA], the angles' gradients."""
+    def turned(self, p, span, theta):
+        """ddt_turned, dangle_sum, total from theta [U, l, NA], the angles' gradients."""
         f, tokens = self.f, self.f.tokens
-        total = self.array(f"total_{side}", f.spans_all * f.every, self.U, self.NA)
-        ddt = self.array(f"ddt_{side}", self.U, tokens)
-        wide_rows = f.G * f.splits if f.angle_heads == 1 else self.U
-        dangle = self.array(f"dangle_{side}", wide_rows, tokens, self.NA)
-        for j, at in enumerate(range(0, p.length, self.CT)):
-            c = slice(at, min(at + self.CT, p.length))
+        total = self.array("total", self.all_spans * f.every, self.U, self.NA)
+        ddt = self.array("ddt_turned", self.U, tokens)
+        dangle = self.array("dangle_sum", f.G * f.splits if f.angle_heads == 1 else self.U, tokens, self.NA)
+        for j, c in enumerate(self.chunks(p)):
             to = slice(p.tokens.start + c.start, p.tokens.start + c.stop)
             later = theta[:, c].flip(1).cumsum(1).flip(1)
             total[span * f.every + j] = theta[:, c].sum(1)
@@ -222,8 +238,12 @@ class Problem:
             else:
                 dangle[:, to] = each
 
+    def whole(self, t):
+        """[U, rest, BP] -> [H, rest, P]"""
+        return t.unflatten(0, (self.H, self.blocks)).movedim(1, -2).flatten(-2)
+
     @property
-    def spans_all(self):
+    def all_spans(self):
         return self.f.spans * (self.f.sequences if self.f.cu is None else 1)
 
 
@@ -234,87 +254,94 @@ def forward(a):
         turns = f.L.new_zeros(a.H, a.NA, dtype=torch.float64)
         if a.model and f.angle is not None:
             turns = (f.angle[i].double() / (2 * math.pi)) % 1
-        span = a.first_span(i)
-        for chunk in range(-(-length // a.CT)):
+        part, before = None, 0 if f.cu is None else a.first_span(i)
+        for chunk in range(a.chunks_of(i)):
             if f.save:
-                if chunk % f.every == 0:
-                    a.states("saved")[span + chunk // f.every] = state.to(f.saved.dtype)
+                was, part = part, a.part_number(i, (before + chunk // f.every) // f.segment_spans)
+                if part != was:
+                    a.states("saved")[part] = state.to(f.saved.dtype)
                 if a.model:
-                    f.bases[span * f.every + chunk] = turns
+                    f.bases[a.first_span(i) * f.every + chunk] = turns
             p = a.part(i, chunk, chunks=1)
-            base = (turns * 2 * math.pi).to(a.wide).repeat_interleave(a.blocks, 0)
-            y, state, k, v = a.run(p, state, [base])
+            y, state, k, v = a.run(p, slice(None), state, a.by_unit((turns * 2 * math.pi).to(a.wide)))
             a.array("y", a.rows, a.S, a.H, a.P)[row, p.here] = y.reshape(p.length, a.H, a.P).to(f.y.dtype)
             if a.model:
                 turns = (turns + p.turn[:: a.blocks].sum(1) / (2 * math.pi)) % 1
         f.final[i] = state.view(a.H, a.P, a.N)
         if a.model and length:
             f.final_k[i] = k[:: a.blocks]
-            f.final_v[i] = v.view(a.H, a.blocks, a.R, a.BP).transpose(1, 2).reshape(a.H, a.R, a.P)
+            f.final_v[i] = a.whole(v)
             f.final_angle[i] = turns * 2 * math.pi
 
 
-def query(a):
+def walk(a):
     f = a.f
-    f.spans_all = a.spans_all
-    f.carried.fill_(GARBAGE)
-    for span, i, k in a.all_spans():
-        p = a.part(i, k)
-        state, bases = a.states("saved")[span].to(a.wide), a.bases(span) if a.model else None
-        d = a.gradients(p, state, bases, None, ("C", "z", "zeta", "phi", "delta", "OWN", *("theta_q",)[: a.model]))
-        for index in range(f.G * f.splits):
-            a.per_group("dC", p, d.C, index)
-        a.array("DQ", a.U, f.tokens)[:, p.tokens] = d.delta
-        a.array("DOWN", a.U, f.tokens)[:, p.tokens] = d.OWN
-        if a.z is not None:
-            dz = a.array("dz", a.rows, a.S, a.H, a.P)
-            dz[p.row, p.here] = d.z.reshape(p.length, a.H, a.P).to(dz.dtype)
-        if a.model == 2:
-            _of_ranks(a, "dphi", span, d.phi)
-            if a.z is not None:
-                _of_ranks(a, "dzeta", span, d.zeta)
-        if a.model:
-            a.array("dC_bias", a.spans_all, a.U, a.R, a.N)[span] = d.C.sum(0)
-            a.turned("q", p, span, d.theta_q)
-
-
-def carry(a):
-    f = a.f
+    f.states.fill_(GARBAGE), f.carried.fill_(GARBAGE)
     for i, *_ in a.sequences():
-        gradient = f.L.new_zeros(a.U, a.BP, a.N) if f.dfinal is None else f.dfinal[i].reshape(a.U, a.BP, a.N)
-        for span, k in reversed(a.spans_of(i)):
-            a.states("carried")[span] = gradient.to(f.carried.dtype)
-            state, bases = a.states("saved")[span].to(a.wide), a.bases(span) if a.model else None
-            gradient = a.gradients(a.part(i, k), state, bases, gradient, ["state"]).state
-            a.array("energy", a.spans_all, a.U)[span] = (state * gradient).sum((1, 2))
-        if f.dstate is not None:
-            f.dstate[i] = gradient.view(a.H, a.P, a.N)
+        inside, steps = a.in_segment(i), []
+        if inside:
+            state = a.states("saved")[a.part_number(i, f.segment // f.segment_spans)].to(a.wide)
+        for chunk in inside:
+            a.scratch("states", i, chunk).copy_(state)
+            p, before = a.part(i, chunk, chunks=1), state.clone().requires_grad_()
+            with torch.enable_grad():
+                y, end, *_ = a.run(p, slice(None), before, a.model and a.base(i, chunk))
+            steps.append((chunk, p.dy, before, y, end))
+            state = end.detach()
+        ends = inside.stop == a.chunks_of(i) if inside else not a.chunks_of(i) and f.segment == 0
+        if ends:
+            f.dstate[i] = 0 if f.dfinal is None else f.dfinal[i]
+        after = f.dstate[i].view(a.U, a.BP, a.N)
+        for chunk, dy, before, y, end in reversed(steps):
+            a.scratch("carried", i, chunk).copy_(after)
+            (after,) = torch.autograd.grad([y, end], before, [dy, after])
+        if inside:
+            f.dstate[i] = after.view(a.H, a.P, a.N)
 
 
-def key(a):
+def gradient(a):
     f = a.f
-    f.spans_all = a.spans_all
-    for span, i, k in a.all_spans():
+    leaves = [
+        "B",
+        "C",
+        "x",
+        "z",
+        "psi",
+        "zeta",
+        "phi",
+        "D",
+        "read",
+        "pairs",
+        "write",
+        "OWN",
+        "W",
+        *["theta"] * (a.model > 0),
+    ]
+    by_token = {"READ": "read", "PAIRS": "pairs", "WRITE": "write", "DOWN": "OWN", "DW": "W"}
+    for place, span, i, k in a.spans():
         p = a.part(i, k)
-        state, bases = a.states("saved")[span].to(a.wide), a.bases(span) if a.model else None
-        after = a.states("carried")[span].to(a.wide)
-        d = a.gradients(p, state, bases, after, ("B", "x", "psi", "W", "D", *("theta_k",)[: a.model]))
+        chunks = range(k * f.every, k * f.every + len(a.chunks(p)))
+        befores, afters = ([a.scratch(name, i, at).to(a.wide) for at in chunks] for name in ("states", "carried"))
+        d = a.gradients(p, befores, [a.model and a.base(i, at) for at in chunks], afters, leaves)
         for index in range(f.G * f.splits):
             a.per_group("dB", p, d.B, index)
-        a.array("DW", a.U, f.tokens)[:, p.tokens] = d.W
-        dx = a.array("dx", a.rows, a.S, a.H, a.P)
-        dx[p.row, p.here] = d.x.reshape(p.length, a.H, a.P).to(dx.dtype)
+            a.per_group("dC", p, d.C, index)
+        for name, leaf in by_token.items():
+            a.array(name, a.U, f.tokens)[:, p.tokens] = getattr(d, leaf)
+        for j, (c, before, after) in enumerate(zip(a.chunks(p), befores, afters)):
+            passing = p.L[:, c][:, -1].exp() * (before * after).sum((1, 2))
+            a.array("energy", a.all_spans * f.every, a.U)[span * f.every + j] = passing
+        for name, found in (("dx", d.x), ("dz", getattr(d, "z", None))):
+            if found is not None:
+                to = a.array(name, a.rows, a.S, a.H, a.P)
+                to[p.row, p.here] = found.reshape(p.length, a.H, a.P).to(to.dtype)
         if f.dD is not None:
-            a.array("dD", a.spans_all, a.H, a.P)[span] = d.D.reshape(a.H, a.P)
-        if a.model == 2:
-            _of_ranks(a, "dpsi", span, d.psi)
+            f.dD[place] += d.D.reshape(a.H, a.P)
         if a.model:
-            a.array("dB_bias", a.spans_all, a.U, a.R, a.N)[span] = d.B.sum(0)
-            a.turned("k", p, span, d.theta_k)
-    f.carried.fill_(GARBAGE)
-
-
-def _of_ranks(a, name, span, gradient):
-    """[U, R, BP] -> [H, R, P] of a span."""
-    whole = gradient.view(a.H, a.blocks, a.R, a.BP).transpose(1, 2).reshape(a.H, a.R, a.P)
-    a.array(name, a.spans_all, a.H, a.R, a.P)[span] = whole
+            for to, t in ((f.dB_bias, d.B), (f.dC_bias, d.C)):  # a rank's rows are summed by whoever reads them
+                to[place].unflatten(1, (a.R, -1))[:, :, 0] += t.sum(0)
+            a.turned(p, span, d.theta)
+        for name in ("psi", "zeta", "phi") if a.model == 2 else ():
+            if name != "zeta" or a.z is not None:
+                getattr(f, f"d{name}")[place] += a.whole(getattr(d, name))
+    f.states.fill_(GARBAGE), f.carried.fill_(GARBAGE)

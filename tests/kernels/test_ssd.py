@@ -18,7 +18,7 @@ from nam56r.kernels.mamba3 import Mamba3State
 from nam56r.kernels.mamba3 import cuda as mamba3_cuda
 from nam56r.kernels.mamba3 import reference as mamba3_reference
 from nam56r.kernels.registry import DEVICES, Problem, Spec, candidates, select
-from nam56r.kernels.ssd import code, cuda
+from nam56r.kernels.ssd import code, cuda, sizes
 from nam56r.kernels.ssd.code import Code, Shape
 from nam56r.kernels.ssd.sizes import sizes_of
 from nam56r.kernels.testing import agree, flatten, outputs_and_gradients
@@ -121,7 +121,7 @@ def assert_equal(run, definition, made, tolerance=1e-9):
 mamba3 = partial(assert_equal, mamba3_cuda.mamba3_scan, mamba3_reference.mamba3_scan)
 mamba2 = partial(assert_equal, mamba2_cuda.mamba2_scan, mamba2_reference.mamba2_scan)
 PACKED = {"B": 1, "S": 150, "ends": [0, 0, 1, 133, 133, 150, 150]}
-RANKS = [None, 1, 2, 4]
+RANKS = [None, 1, 2, 4, 8]
 
 
 @pytest.mark.parametrize("R", RANKS)
@@ -131,7 +131,7 @@ def test_mamba3(R, shape):
     mamba3(mamba3_inputs(R=R, **shape))
 
 
-@pytest.mark.parametrize("R, state", [(None, False), (None, True), (1, True), (2, False), (4, True)])
+@pytest.mark.parametrize("R, state", [(None, False), (None, True), (1, True), (2, False), (4, True), (8, True)])
 def test_mamba3_packed(R, state):
     """Empty sequences at both ends and between, one of one token, spans that no sequence uses."""
     mamba3(mamba3_inputs(R=R, state=state, **PACKED))
@@ -151,12 +151,12 @@ def test_mamba3_packed(R, state):
         (2, {"H": 40, "G": 2, "B": 1, "S": 9, "shared": False}),
         (4, {"H": 12, "G": 1, "P": 128, "B": 1, "S": 9, "state": True}),
         (None, {"N": 64, "G": 4}),
-        (8, {"H": 2, "S": 33, "state": True}),
+        (8, {"P": 128, "H": 2, "shared": False, "B": 1}),
     ],
     ids=str,
 )
 def test_mamba3_shapes(R, shape):
-    """Angles a head, no gate, two units a head, groups shared by several blocks, rank 8."""
+    """Angles a head, no gate, two units a head, groups shared by several blocks."""
     mamba3(mamba3_inputs(R=R, **shape))
 
 
@@ -178,18 +178,75 @@ def test_mamba2(shape):
     mamba2(mamba2_inputs(**shape))
 
 
-@pytest.mark.parametrize("part", [None, "y", "ssm", "k", "v", "angle"])
-def test_gradients_of_one_output(part):
+LONG = {"B": 1, "S": 420, "ends": [0, 0, 300, 300, 420], "H": 2}  # several spans of rank 1 too
+
+
+@pytest.mark.parametrize("spans, final", [(1, True), (2, False)])
+@pytest.mark.parametrize(
+    "R, shape",
+    [
+        (None, {"S": 700, "H": 2, "state": True}),
+        (None, {**LONG, "state": True}),
+        (2, {**PACKED}),
+        (4, {"S": 150, "P": 128, "H": 2}),
+        (4, {**PACKED, "state": True}),
+        (8, {"S": 131, "H": 2, "gate": False, "state": True}),
+        (8, {**PACKED, "state": True, "shared": False, "H": 2}),
+        ("mamba2", {"S": 700, "H": 2, "state": True}),
+        ("mamba2", {**LONG, "state": True}),
+    ],
+    ids=str,
+)
+def test_segments(R, shape, final, spans, monkeypatch):
+    """Three or more, the last first: sequences go over several or end within one; the final state is read or not."""
+    started = []
+
+    def recorded(kernels, sizes, fields):
+        started.append(fields.get("segment"))
+        assert sizes.segment_spans <= spans
+        ssd_emulation.launch(kernels, sizes, fields)
+
+    def read(scan):
+        return scan if final else lambda **made: scan(**made)[0]
+
+    monkeypatch.setattr(cuda, "launch", recorded)
+    monkeypatch.setattr(sizes, "SCRATCH", 0)
+    monkeypatch.setattr(sizes, "LEAST_SPANS", spans)
+    made = mamba2_inputs(**shape) if R == "mamba2" else mamba3_inputs(R=R, **shape)
+    run, definition = (mamba2 if R == "mamba2" else mamba3).args
+    assert_equal(read(run), read(definition), made)
+    whole, *segments = started
+    assert whole is None and len(segments) >= 3 and segments == sorted(segments, reverse=True) and segments[-1] == 0
+
+
+@pytest.mark.parametrize("R", [None, 2, 8, "mamba2"])
+def test_no_gradient_after_the_last_that_is_read(R):
+    """Exactly: dy is zero from a token on, and nothing reads the final state."""
+    made = mamba2_inputs(S=90, state=True) if R == "mamba2" else mamba3_inputs(R=R, S=90, state=True)
+    y, _ = (mamba2 if R == "mamba2" else mamba3).args[0](**made)
+    along = {"x": 1, "z": 1, "B": 1, "C": 1, "angles": 1, "trap": 2, "log_decay": 2, "dt": 1 if R == "mamba2" else 2}
+    names = [name for name in along if name in made]
+    for t in (1, 37, 64):
+        dy = torch.randn_like(y)
+        dy[:, t:] = 0
+        for name, gradient in zip(names, torch.autograd.grad(y, [made[n] for n in names], dy, retain_graph=True)):
+            assert not gradient.narrow(along[name], t, 90 - t).any(), (name, t)
+            assert gradient.narrow(along[name], 0, t).any(), (name, t)
+
+
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("part", ["y", "ssm", "k", "v", "angle"])
+def test_gradients_of_one_output(part, state):
     """What isn't read gives no gradient to the operator, not a zero one."""
 
     def alone(scan):
         def run(**made):
-            y, state = scan(**made)
-            return y if part in (None, "y") else getattr(state, part)
+            y, final = scan(**made)
+            return y if part == "y" else getattr(final, part)
 
         return run
 
-    made = mamba3_inputs(R=2, S=20, state=part is not None)
+    made = mamba3_inputs(R=2, S=20, state=state)
     assert_equal(alone(mamba3_cuda.mamba3_scan), alone(mamba3_reference.mamba3_scan), made)
 
 
@@ -347,7 +404,7 @@ SHAPE = Shape(torch.bfloat16, 2, 4, 128)
 def test_launched(monkeypatch):
     """What the extension's launcher gets: addresses and numbers by FIELDS, and each kernel's grid."""
     launched = []
-    loaded = {("forward",): (Code(5, 128, 1000),), ("query", "carry", "key"): tuple(Code(n, 256, n) for n in (6, 7, 8))}
+    loaded = {("forward",): (Code(5, 256, 1000),), ("walk", "gradient"): (Code(6, 256, 6), Code(7, 384, 7))}
     monkeypatch.setattr(cuda, "code", lambda kernels, shape, capability: loaded[kernels])
     monkeypatch.setattr(torch.ops.nam56r, "ssd_launch", lambda *given: launched.append(given), raising=False)
     x, B = torch.zeros(2, 70, 34, 128, dtype=torch.bfloat16), torch.zeros(2, 70, 4, 2, 64, dtype=torch.bfloat16)
@@ -355,9 +412,9 @@ def test_launched(monkeypatch):
     fields = {"x": x, "D": x[1:], "saved": None, "S": 70, "a_h": 3}
     for kernels in loaded:
         launch(kernels, sizes, fields)
-    units, blocks = (68, 2), (2 * 17, 2 * 2)  # 17 heads of 2 units: 2 at a time
-    assert [given[1:6] for given in launched] == [
-        (5, *units, 128, 1000), (6, *blocks, 256, 6), (7, *units, 256, 7), (8, *blocks, 256, 8),
+    # 17 heads of 2 units, 2 at a time; 3 spans of 32 tokens
+    assert [given[1:7] for given in launched] == [
+        (5, 68, 2, 1, 256, 1000), (6, 68, 2, 2, 256, 6), (7, 2 * 17, 2 * 3, 1, 384, 7),
     ]  # fmt: skip
     for on, *_, numbers in launched:
         assert on is x and len(numbers) == len(cuda.FIELDS)
@@ -379,25 +436,18 @@ def test_compiled_at_run_time(monkeypatch):
     monkeypatch.setattr(nvrtc, "arch_of", lambda capability: "sm_90a")
     load = lambda content, names: [names.index(name) + 10 for name in names]  # noqa: E731
     monkeypatch.setattr(torch.ops.nam56r, "ssd_load", load, raising=False)
-    assert [one[::2] for one in code.code.__wrapped__(code.PASSES[1], SHAPE, (9, 0))] == [(10, 5), (11, 5), (12, 3)]
+    assert [one[::2] for one in code.code.__wrapped__(code.PASSES[1], SHAPE, (9, 0))] == [(10, 4), (11, 8)]
     arguments = "<nam56r::ssd::BFloat16, 2, 4, 128>"
-    names = [f"nam56r::ssd::{kernel}{arguments}" for kernel in ("query", "carry", "key")]
+    names = [f"nam56r::ssd::{kernel}{arguments}" for kernel in ("walk", "gradient")]
     assert asked == [("ssd", "kernels.cuh", "sm_90a", names)]
-    assert code.name_of("carry", SHAPE) == "carry<bf16,2,4,128>"
+    assert code.name_of("walk", SHAPE) == "walk<bf16,2,4,128>"
 
 
-@pytest.mark.parametrize("rank", code.RANKS)
-def test_threads_are_the_kernels(rank, monkeypatch):
+@pytest.mark.parametrize("kernel", [kernel for kernels in code.PASSES for kernel in kernels])
+def test_threads_are_the_kernels(kernel):
     """What a block is launched with is what its kernel in csrc/ssd is bounded to."""
-    monkeypatch.setattr(code, "built", lambda *given: True)
-    monkeypatch.setattr(code, "shared_bytes", lambda kernel, shape: 0)
-    monkeypatch.setattr(torch.ops.nam56r, "ssd_kernel", lambda name: 0, raising=False)
-    for kernels in code.PASSES:
-        for kernel, one in zip(kernels, code.code.__wrapped__(kernels, SHAPE._replace(rank=rank), (9, 0)), strict=True):
-            text = (nvrtc.SOURCES / "ssd" / f"{kernel}.cuh").read_text()
-            bound = re.search(rf"__launch_bounds__\((.+?), .+\) {kernel}\(", text)[1]
-            bound = re.sub(r"(.+) \? (\d+) : (\d+)", r"\2 if \1 else \3", bound)
-            assert one.threads == eval(bound, {"R": rank})
+    text = (nvrtc.SOURCES / "ssd" / f"{kernel}.cuh").read_text()
+    assert int(re.search(rf"__launch_bounds__\((\d+)\b.*\) {kernel}\(", text)[1]) == code.THREADS[kernel]
 
 
 built = pytest.mark.skipif(not code.REGISTERED, reason="the extension isn't built")
@@ -429,13 +479,9 @@ def test_what_is_not_built_ahead_needs_the_compiler(monkeypatch):
 
 @built
 def test_shared_memory_fits_the_device():
-    """But for rank 8 at N 256, which is refused and says what it is of."""
     shapes = [Shape(torch.bfloat16, 2, rank, d_state) for rank in code.RANKS for d_state in code.STATES]
     shapes += [Shape(torch.float16, model, 1, d_state) for model in (0, 1) for d_state in code.STATES]
-    refused = {shape: why for shape in shapes if (why := code.refusal(shape, "h200", (9, 0)))}
-    ((why,),) = refused.values()
-    assert refused.keys() == {Shape(torch.bfloat16, 2, 8, 256)}
-    assert why.startswith("R = 8, N = 256 takes more shared memory than h200 has (")
+    assert not {shape: why for shape in shapes if (why := code.refusal(shape, "h200", (9, 0)))}
 
 
 @built
@@ -461,27 +507,43 @@ def test_compiles(shape, tmp_path, monkeypatch):
     st.integers(1, 6), st.integers(1, 40), st.sampled_from([32, 64, 128]), st.lists(st.integers(0, 700), max_size=5),
 )  # fmt: skip
 def test_sizes(batch, length, rank, model, groups, heads_per_group, headdim, bounds):
-    """Units divide a group's; spans have numbers of their own, of which a sequence's follow one another."""
+    """Units divide a group's; spans have numbers of their own, of which a sequence's follow one another; parts too."""
     heads = groups * heads_per_group
     B = torch.empty(batch, length, rank, groups, 32, device="meta")
-    sizes = sizes_of(model, torch.empty(batch, length, heads, headdim, device="meta"), B, None, None)
-    assert sizes.units * sizes.splits * groups == sizes.all_units == heads * max(1, headdim // 64)
-    assert sizes.units <= 16 and sizes.span % sizes.chunk == 0
-    assert sizes.total == batch * sizes.spans and sizes.spans * sizes.span >= length > (sizes.spans - 1) * sizes.span
+    one = sizes_of(model, torch.empty(batch, length, heads, headdim, device="meta"), B, None, None)
+    assert one.units * one.splits * groups == one.all_units == heads * max(1, headdim // 64)
+    assert one.units <= 16 and one.span == 2 * one.chunk and one.chunk * rank == 64
+    assert one.total == batch * one.spans and one.spans * one.span >= length > (one.spans - 1) * one.span
     ends = torch.tensor(sorted({*bounds, 0} | {length}))
     ends = ends[ends <= length]
     packed = sizes_of(model, torch.empty(1, length, heads, headdim, device="meta"), B[:1], None, ends)
     first = ends // packed.span + torch.arange(len(ends))
     taken = -(-ends.diff() // packed.span)
     assert first[-1] == packed.total and ((first[:-1] + taken) <= first[1:]).all()
+    parts = [
+        i + s
+        for i, (begin, spans) in enumerate(zip(first.tolist(), taken.tolist()))
+        for s in sorted({number // packed.segment_spans for number in range(begin, begin + spans)})
+    ]
+    assert len(set(parts)) == len(parts) and max(parts, default=0) < packed.parts
 
 
-def test_spans_fit_a_grid():
-    long = [torch.empty(1, 10_000_000, 1, size, device="meta") for size in (32, 1)]
-    sizes = sizes_of(2, long[0], long[1].expand(-1, -1, 4, -1)[..., None, :].expand(-1, -1, -1, -1, 32), None, None)
-    assert sizes.total <= 65535 < 2 * sizes.total and sizes.span == 256
-    with pytest.raises(ValueError, match="there are 40000 sequences, but the CUDA scan takes at most 32767"):
-        sizes_of(0, torch.empty(40_000, 1, 1, 32, device="meta"), torch.empty(40_000, 1, 1, 1, 32), None, None)
+@given(st.integers(0, 10**7), st.integers(1, 65535), st.integers(1, 256), st.sampled_from([32, 256]), st.booleans())
+def test_segments_fit_a_grid_and_memory(length, sequences, heads, d_state, packed):
+    batch = 1 if packed else sequences
+    x, B = (torch.empty(batch, length, *shape, device="meta") for shape in ((heads, 64), (4, 1, d_state)))
+    ends = torch.empty(sequences + 1, device="meta") if packed else None
+    one = sizes_of(2, x, B, None, ends)
+    assert one.segments * one.segment_spans >= one.spans and (one.segments - 1) * one.segment_spans < max(1, one.spans)
+    assert one.places <= 65535
+    memory = 2 * one.places * one.every * one.all_units * 64 * d_state * 2
+    assert memory <= sizes.SCRATCH or one.segment_spans <= 8
+
+
+def test_too_many_sequences():
+    x, B = (torch.empty(70_000, 1, *shape, device="meta") for shape in ((1, 32), (1, 1, 32)))
+    with pytest.raises(ValueError, match="there are 70000 sequences, but the CUDA scan takes at most 65535"):
+        sizes_of(0, x, B, None, None)
 
 
 def asked(operator="mamba3_scan", dtype=torch.bfloat16, device="h200", R=4, P=64, N=128, N_a=None):
@@ -535,7 +597,7 @@ def test_refused_by_the_device(monkeypatch):
     monkeypatch.setattr(nvrtc, "missing", lambda: None)
     monkeypatch.setattr(nvrtc, "arch_of", lambda capability: "sm_90a")
     monkeypatch.setattr(
-        code, "shared_bytes", lambda kernel, shape: shape.rank * (40_000 if kernel == "key" else 20_000)
+        code, "shared_bytes", lambda kernel, shape: shape.rank * (40_000 if kernel == "gradient" else 20_000)
     )
     refuses = candidates("mamba3_scan")[0].refuses
     assert refuses(asked()) == ()
@@ -543,7 +605,7 @@ def test_refused_by_the_device(monkeypatch):
     assert refuses(asked()) == ("CuPy is not installed: pip install nam56r[nvrtc]",)
     monkeypatch.setattr(code, "built", lambda *given: True)
     assert refuses(asked()) == ()
-    assert refuses(asked(R=8)) == ("R = 8, N = 128 takes more shared memory than h200 has (key)",)
+    assert refuses(asked(R=8)) == ("R = 8, N = 128 takes more shared memory than h200 has (gradient)",)
     for device, number in (("a100", 80), ("b200", 100)):
         assert refuses(asked(device=device)) == (
             f"{device} is sm_{number}, but the CUDA kernel takes sm_90 (H100, H200)",

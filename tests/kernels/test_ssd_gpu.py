@@ -15,6 +15,7 @@ from nam56r.kernels.mamba2 import mamba2_scan
 from nam56r.kernels.mamba2 import reference as mamba2_reference
 from nam56r.kernels.mamba3 import Mamba3State, mamba3_scan
 from nam56r.kernels.mamba3 import reference as mamba3_reference
+from nam56r.kernels.ssd import sizes
 from nam56r.kernels.testing import agree, error, flatten, outputs_and_gradients, replays, same_bits
 
 pytestmark = pytest.mark.gpu
@@ -171,11 +172,15 @@ SHAPES = [
     (4, dict(S=129, H=1, G=1, N=64, gate=False, shared=False)),
     (4, dict(S=300, H=4, G=4, state=True)),
     (8, dict(S=1, H=2, G=1, P=32, state=True)),
+    (8, dict(S=7, H=2, G=1, N=256, state=True)),
+    (8, dict(S=8, H=17, G=1, P=128)),
+    (8, dict(S=9, H=4, G=2, N=64, gate=False)),
     (8, dict(S=16, H=4, G=4, N=32)),
     (8, dict(S=17, H=17, G=1, N=64, shared=False)),
     (8, dict(S=63, H=2, G=1, P=128, state=True)),
     (8, dict(S=64, H=40, G=8)),
     (8, dict(S=129, H=4, G=4, gate=False, state=True)),
+    (8, dict(S=150, H=2, G=1, P=128, N=256, shared=False, state=True)),
 ]
 
 
@@ -200,6 +205,16 @@ def test_packed(model, state, poisoned):
 @pytest.mark.parametrize("model, N", [("mamba2", 32), ("siso", 256), (1, 32), (2, 32), (4, 64), (8, 32)])
 def test_packed_shapes(model, N, poisoned):
     judge(model, draws(model, H=8, P=128, N=N, shared=False, gate=False, state=True, ends=[0, 130, 131, 131, 150]))
+
+
+@pytest.mark.parametrize("spans", [1, 2])
+@pytest.mark.parametrize("ends", [None, [0, 0, 330, 330, 331, 800]], ids=["rows", "packed"])
+@every_model
+def test_segments(model, ends, spans, poisoned, monkeypatch):
+    """Three or more, of one or two spans: sequences go over several and end within one."""
+    monkeypatch.setattr(sizes, "SCRATCH", 0)
+    monkeypatch.setattr(sizes, "LEAST_SPANS", spans)
+    judge(model, draws(model, S=700, state=True, ends=ends))
 
 
 @every_model
@@ -619,7 +634,7 @@ def test_the_recipe(model):
 
 def test_beyond_32_bit_offsets():
     """More than 2^31 elements of x: the last tokens and their gradients are those of a run from the state before."""
-    S, last, H, P, N = 1025 * 128 + 320, 320, 128, 128, 32  # spans of 128 tokens begin alike in both
+    S, last, H, P, N = 1025 * 128 + 320, 320, 128, 128, 32  # chunks of 64 tokens begin alike in both
     x = torch.empty(1, S, H, P, dtype=torch.bfloat16, device=DEVICE).normal_().requires_grad_()
     assert x.numel() > 2**31
     B, C = (torch.randn(1, S, 1, N, dtype=torch.bfloat16, device=DEVICE) * N**-0.25 for _ in range(2))
@@ -641,7 +656,7 @@ def test_beyond_32_bit_offsets():
 
 @pytest.mark.parametrize("model, S", [("mamba2", 520), (4, 260)])
 def test_more_spans_than_a_grid_has_rows(model, S):
-    """Five spans a row, were they not longer then: y is what 100 rows give, gradients but for the span's rounding."""
+    """Five or nine a row: in several segments. y is what 100 rows give, gradients but for a segment's rounding."""
     made = inputs(model, B=16_000, S=S, H=1, G=1, P=32, N=32)
     few = leaves({name: t[-100:] if name in tokens_of(model) else t for name, t in made.items()})
     (y, _), (last, _) = scan(model)(**made), scan(model)(**few)

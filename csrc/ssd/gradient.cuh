@@ -1,0 +1,779 @@
+// The gradients of all inputs, chunk by chunk, from the states S before and the gradients G of the states after each chunk.
+//
+// With v = x psi, dys = dy phi silu(z zeta) per rank, left = e^(L_end - L), and mix as in forward.cuh:
+//   scores = q k^T, dm = dys v^T
+//   y^T  = e^L S q^T      + v^T (scores * mix)^T       dq = e^L (dys S)    + (dm * mix) k
+//   dv^T = left w (G k^T) + dys^T (scores * mix)       dk = left w (v G)   + (dm * mix)^T q
+// A block has a group's heads (or some of them) and a span of chunks, and takes a chunk's heads one after the other. Of its
+// three warpgroups one makes the next head's tiles: copies, gates, turns. One has what reads: y and dq, so the gradients of
+// z and of C, a sum over heads that stays in registers [64, N]. One has what writes: dv and dk, so x's and B's. Both are
+// one function, in which q and k, dys and v, S and G are exchanged. Each makes its own scores: they meet only where the
+// angles' gradients are added. y and dv are transposed, so that a thread has all ranks of its tokens.
+// Shared memory: q, k, dys, v, x, z, dy and turns of two heads (of one where N is 256); S and G, which lie in memory as
+// wgmma reads them and are fetched whole by the last warp that is done with those before; scratch for each side: the
+// scores, later what is turned back.
+// Bound: issue slots, of which each of a scheduler's three warps takes a third; 11.5 MFLOP a chunk and head at N 128.
+#pragma once
+
+#include "ssd/tiles.cuh"
+
+namespace nam56r::ssd {
+
+template <class Sh>
+struct GradientShared {
+  struct Stage {
+    Tile<ROWS, Sh::N> q, k;
+    Tile<ROWS, P> dys;
+    Tile<Sh::kRanks ? ROWS : 8, P> scaled;  // v, which without ranks is x
+    Tile<Sh::CT, P> x, z, dy;
+    Turns<Sh> turns;
+    Decays<Sh> decays;
+    Parameters<Sh> parameters;
+
+    __device__ auto& v() {
+      if constexpr (Sh::kRanks) return scaled;
+      else return x;
+    }
+  };
+  static constexpr int kStages = Sh::N > 128 ? 1 : 2;
+  using Turned = float[ROWS][Sh::NA + 4];
+  struct alignas(1024) Scratch {
+    char bytes[sizeof(Turned) > 8192 ? sizeof(Turned) : 8192];
+
+    template <class X>
+    __device__ X& as() { return *reinterpret_cast<X*>(bytes); }
+  };
+  struct Sums {  // over columns of P or rows, of each warp
+    float states[2][4][Sh::CT], pairs[ROWS], own[ROWS], later[ROWS], energy[4], by_token[4][Sh::CT];
+  };
+  Stage stage[kStages];
+  Tile<P, Sh::N> S, G;
+  Scratch scratch[2];
+  Sums sums[kStages];
+  Arrival states;
+  int done;
+};
+
+struct Place {
+  int sequence, group, split, blocks, chunk, chunks, first, heads;  // the first chunk, how many; the first unit
+  long long span;
+  Sequence seq;
+};
+
+// Where a block works; chunks is 0 where there is nothing.
+template <class Sh>
+__device__ inline Place place(const Arguments& a) {
+  Place p{};
+  p.group = blockIdx.x / int(a.splits), p.split = blockIdx.x % int(a.splits), p.blocks = max(1, int(a.P) / P);
+  p.first = p.group * int(a.heads_per_group) * p.blocks + p.split * int(a.units);
+  long long of_sequence;
+  if (a.cu) {
+    p.span = a.segment + blockIdx.y;
+    if (p.span >= a.spans) return p;
+    p.sequence = at<const int>(a.sequence_of)[p.span];
+    if (p.sequence >= a.sequences) return p;
+    of_sequence = p.span - first_span(a, p.sequence);
+  } else {
+    p.sequence = blockIdx.y / int(a.segment_spans), of_sequence = a.segment + blockIdx.y % int(a.segment_spans);
+    if (of_sequence >= a.spans) return p;
+    p.span = p.sequence * a.spans + of_sequence;
+  }
+  p.seq = sequence(a, p.sequence);
+  p.chunk = int(of_sequence * a.every);
+  p.chunks = max(0, min(int(a.every), (p.seq.length + Sh::CT - 1) / Sh::CT - p.chunk));
+  return p;
+}
+
+// Adds without waiting; one thread of a launch has an address, so there is one order.
+__device__ inline void add(float* to, float x, bool really = true) {
+  asm volatile("{.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p red.global.add.f32 [%0], %1;\n}" :: "l"(to), "f"(x), "r"(int(really)) : "memory");
+}
+
+// Where in a block's work a warpgroup is: chunk j, unit i of the block's.
+struct Step {
+  int j = 0, i = 0;
+
+  __device__ void next(int units) {
+    if (++i == units) i = 0, ++j;
+  }
+};
+
+// Two lanes, `apart` from each other, add half of v each: the lower one the first half. Without halves both add all.
+template <int half, int n>
+__device__ __forceinline__ void exchange(float (&v)[n], int apart) {
+  const bool high = threadIdx.x & apart;
+#pragma unroll
+  for (int i = 0; i < half; ++i) {
+    const float keep = high ? v[i + half] : v[i], send = high ? v[i] : v[i + half];
+    v[i] = keep + __shfl_xor_sync(~0u, send, apart);
+  }
+  if (half == 0) v[0] += __shfl_xor_sync(~0u, v[0], apart);
+}
+
+// Sums v[i] over the eight lanes of a column; gives the one of number folded<n>().
+template <int n>
+__device__ __forceinline__ float fold(float (&v)[n]) {
+  static_assert(n <= 8);
+  exchange<n / 2>(v, 16), exchange<n / 4>(v, 8), exchange<n / 8>(v, 4);
+  return v[0];
+}
+template <int n>
+__device__ inline int folded() { return threadIdx.x % 32 / 4 / (8 / n); }
+
+// Sums v[i] over the four lanes of a row; leaves the n / 4 from over_row_first<n>() on.
+template <int n>
+__device__ __forceinline__ void over_row(float (&v)[n]) { exchange<n / 2>(v, 2), exchange<n / 4>(v, 1); }
+template <int n>
+__device__ inline int over_row_first() { return (threadIdx.x & 2 ? n / 2 : 0) + (threadIdx.x & 1 ? n / 4 : 0); }
+
+__device__ inline float over_quad(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// Accumulators [16][16 k and on] as the A operand of a product that sums over their columns.
+template <typename T>
+__device__ __forceinline__ void operand(unsigned (&to)[4], const float (&left)[4], const float (&right)[4]) {
+  to[0] = Pair<T>::pack(left[0], left[1]), to[1] = Pair<T>::pack(left[2], left[3]);
+  to[2] = Pair<T>::pack(right[0], right[1]), to[3] = Pair<T>::pack(right[2], right[3]);
+}
+
+// Undoes the turn in a warp's 16 rows of the gradient of q or k, and leaves the angles' gradient in turned.
+template <class Sh>
+__device__ __forceinline__ void turn_back(
+    float (&d)[Sh::N / 8][4], int first, const Tile<ROWS, Sh::N>& tile, const Turns<Sh>& turns,
+    float (&turned)[ROWS][Sh::NA + 4]) {
+  using Two = Pair<typename Sh::T>;
+  constexpr int N = Sh::N;
+  const int lane = threadIdx.x % 32, row = lane / 4, col = lane % 4 * 2;
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int r = first + row + 8 * e, t = r % Sh::CT;
+    if constexpr (Sh::MODEL == kMimo) {
+#pragma unroll
+      for (int j = 0; j < N / 32; ++j) {
+        const int c = j * 8 + col;
+        const uint2 turn = *reinterpret_cast<const uint2*>(&turns.x[t][c]);
+        const float2 f = Turns<Sh>::unpack(turn.x), g = Turns<Sh>::unpack(turn.y);
+        const float2 x = Two::unpack(tile.pair(r, c)), y = Two::unpack(tile.pair(r, c + N / 2));
+        float *u = &d[j][2 * e], *v = &d[j + N / 16][2 * e];
+        *reinterpret_cast<float2*>(&turned[r][c]) = {x.x * v[0] - y.x * u[0], x.y * v[1] - y.y * u[1]};
+        const float2 back = {u[0] * f.x + v[0] * f.y, u[1] * g.x + v[1] * g.y};
+        v[0] = v[0] * f.x - u[0] * f.y, v[1] = v[1] * g.x - u[1] * g.y;
+        u[0] = back.x, u[1] = back.y;
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < N / 16; ++j) {
+        const int c = j * 8 + col;
+        const float2 f = Turns<Sh>::unpack(turns.x[t][c / 2]), x = Two::unpack(tile.pair(r, c));
+        float &u = d[j][2 * e], &v = d[j][2 * e + 1];
+        turned[r][c / 2] = x.x * v - x.y * u;
+        const float back = u * f.x + v * f.y;
+        v = v * f.x - u * f.y, u = back;
+      }
+    }
+  }
+}
+
+// The sums of the columns of a warp's 16 rows: the bias's gradient. A warp has one of max(R, 4) rows of it, at 8 ranks two.
+template <class Sh>
+__device__ __forceinline__ void add_bias(const float (&d)[Sh::N / 8][4], float* of_unit) {
+  constexpr int kRows = Sh::R > 4 ? 2 : 1;
+  const int col = threadIdx.x % 4 * 2, warp = threadIdx.x / 32 % 4;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+#pragma unroll
+    for (int four = 0; four < Sh::N / 8; four += 4) {
+      float columns[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float(&from)[4] = d[four + i / 2];
+        columns[i] = kRows == 2 ? from[2 * r + i % 2] : from[i % 2] + from[2 + i % 2];
+      }
+      const float sum = fold(columns);
+      const int i = folded<8>();
+      add(of_unit + (warp * kRows + r) * Sh::N + (four + i / 2) * 8 + col + i % 2, sum);
+    }
+}
+
+// The angles' gradients of a chunk and head: summed over ranks and both sides, then over the chunk's later tokens. Every
+// thread of a warpgroup has the angle and the tokens that it has in Angles.
+template <class Sh>
+__device__ __forceinline__ void angle_gradients(
+    const float (&q)[ROWS][Sh::NA + 4], const float (&k)[ROWS][Sh::NA + 4], const float* bends, int per_token,
+    const Decays<Sh>& decays, float* dangle, bool set, float* total, float (&by_token)[4][Sh::CT], int live) {
+  using Angle = Angles<Sh>;
+  constexpr int LONG = Angle::LONG, SEG = Angle::SEG;
+  if (!Angle::mine()) {
+    arrive_at(kRead, 256);
+    return;
+  }
+  const int index = Angle::index();
+  float c[LONG], bend[LONG];
+#pragma unroll
+  for (int i = 0; i < LONG; ++i) bend[i] = Angle::token(i) < live ? bends[Angle::token(i) * per_token + index] : 0.f;
+#pragma unroll
+  for (int i = LONG - 1; i >= 0; --i) {
+    float sum = 0.f;
+#pragma unroll
+    for (int r = 0; r < Sh::R; ++r) {
+      const int row = r * Sh::CT + Angle::token(i);
+      sum += q[row][index] + k[row][index];
+    }
+    c[i] = sum + (i + 1 < LONG ? c[i + 1] : 0.f);
+  }
+  arrive_at(kRead, 256);
+  float after = c[0];
+#pragma unroll
+  for (int d = 1; d < SEG; d *= 2) {
+    const float other = __shfl_down_sync(~0u, after, d, SEG);
+    if (threadIdx.x % SEG + d < SEG) after += other;
+  }
+  if (threadIdx.x % SEG == 0) total[index] = after;
+  after -= c[0];
+#pragma unroll
+  for (int i = 0; i < LONG; ++i) {
+    const int t = Angle::token(i);
+    const float all = c[i] + after;
+    float* to = dangle + t * Sh::NA + index;
+    if (set && t < live) *to = decays.dt[t] * all;
+    else add(to, decays.dt[t] * all, t < live);
+    float sum = bend[i] * all;
+#pragma unroll
+    for (int d = SEG; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
+    if (threadIdx.x % 32 / SEG == 0) by_token[threadIdx.x / 32 % 4][t] = sum;
+  }
+}
+
+// Stores a warp's 16 rows of the gradient of B or C.
+template <class Sh>
+__device__ void store_rows(
+    const float (&d)[Sh::N / 8][4], void* to, bool whole, int per_token, int per_rank, int first, int live) {
+  using T = typename Sh::T;
+  const int lane = threadIdx.x % 32, row = lane / 4, col = lane % 4 * 2;
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int r = first + row + 8 * e, t = r % Sh::CT;
+    if (t >= live) continue;
+    const int from = t * per_token + r / Sh::CT * per_rank + col;
+#pragma unroll
+    for (int j = 0; j < Sh::N / 8; ++j) {
+      if (whole)
+        *reinterpret_cast<unsigned*>(at<T>(to) + from + 8 * j) = Pair<T>::pack(d[j][2 * e], d[j][2 * e + 1]);
+      else
+        *reinterpret_cast<float2*>(at<float>(to) + from + 8 * j) = {d[j][2 * e], d[j][2 * e + 1]};
+    }
+  }
+}
+
+// A warp's 16 columns of a tile, from p0 on, to memory.
+template <class Sh>
+__device__ __forceinline__ void store_columns(
+    typename Sh::T* to, long long per_token, const Tile<Sh::CT, P>& tile, int p0, int live, int width) {
+  const int lane = threadIdx.x % 32, c = p0 + lane % 2 * 8;
+  __syncwarp();
+#pragma unroll
+  for (int tb = 0; tb < Sh::TB; ++tb) {
+    const int t = tb * 16 + lane / 2;
+    if (t < Sh::CT && t < live && c < width) put16(to + t * per_token + c, get16(tile.unit(t, c)));
+  }
+}
+
+// The warpgroup that makes tiles.
+template <class Sh>
+__device__ __forceinline__ void make_tiles(const Arguments& a, GradientShared<Sh>& s, const Place& here) {
+  using T = typename Sh::T;
+  using Row = Rows<Sh, 2>;
+  constexpr int CT = Sh::CT, R = Sh::R, NA = Sh::NA, kStages = GradientShared<Sh>::kStages;
+  const Sequence& seq = here.seq;
+  const int units = int(a.units), items = here.chunks * units, width = min(P, int(a.P));
+  const bool gated = a.z;
+  const Row row;
+  const float* biases = at<const float>(row.tile ? a.B_bias : a.C_bias);
+  const T* rows = at<const T>(row.tile ? a.B : a.C) + seq.row * (row.tile ? a.B_b : a.C_b) + seq.first * (row.tile ? a.B_s : a.C_s) +
+                  here.group * (row.tile ? a.B_g : a.C_g);
+  const int per_token = int(row.tile ? a.B_s : a.C_s), per_rank = int(row.tile ? a.B_r : a.C_r);
+  Step step;
+  for (int it = 0; it < items; ++it, step.next(units)) {
+    const int j = step.j, unit = here.first + step.i, h = here.blocks == 1 ? unit : unit / 2, p_first = (unit - h * here.blocks) * P;
+    const int start_ = (here.chunk + j) * CT, live = seq.length - start_, stage = it % kStages;
+    const long long token = h * a.tokens + seq.token + start_, in_row = seq.first + start_;
+    auto& to = s.stage[stage];
+    typename Row::Bias bias;
+    Angles<Sh> angle;
+    float base = 0.f;
+    if constexpr (Sh::kTurns) {
+      row.load(bias, biases + (long long)h * R * Sh::N);
+      angle.load(
+          at<const float>(a.angles) + seq.row * a.a_b + in_row * a.a_s + h * a.a_h, int(a.a_s), at<const float>(a.DT) + token, live);
+      if (Angles<Sh>::mine())
+        base = at<const float>(a.bases)[((here.span * a.every + j) * a.H + h) * NA + Angles<Sh>::index()];
+    }
+    if (it >= kStages) wait_at(kEmpty + stage, 384);
+    row.copy(row.tile ? to.k : to.q, rows + start_ * (row.tile ? a.B_s : a.C_s), per_token, per_rank, live);
+    copy_tokens<Sh, 128>(to.x, at<const T>(a.x) + seq.row * a.x_b + in_row * a.x_s + h * a.x_h + p_first, int(a.x_s), live, width);
+    copy_tokens<Sh, 128>(to.dy, at<const T>(a.dy) + seq.row * a.dy_b + in_row * a.dy_s + h * a.dy_h + p_first, int(a.dy_s), live, width);
+    if (gated)
+      copy_tokens<Sh, 128>(to.z, at<const T>(a.z) + seq.row * a.z_b + in_row * a.z_s + h * a.z_h + p_first, int(a.z_s), live, width);
+    copy_decays<Sh>(to.decays, a, token, live);
+    copy_parameters<Sh, 128>(to.parameters, a, h, p_first, width);
+    commit();
+    if constexpr (Sh::kTurns) angle.turn(to.turns, base);
+    wait_copies();
+    wait_at(kTurning, 128);
+    row.turn(row.tile ? to.k : to.q, bias, to.turns);
+#pragma unroll
+    for (int n = 0; n < (CT * 8 + 127) / 128; ++n) {
+      const int i = threadIdx.x % 128 + n * 128, t = i / 8, c = i % 8 * 8;
+      if (CT * 8 < 128 && i >= CT * 8) break;
+      const uint4 raw = get16(to.dy.unit(t, c));
+      if (!Sh::kRanks && !gated) {
+        put16(to.dys.unit(t, c), raw);
+        continue;
+      }
+      float d[8], z[8], x[8];
+      unpack8<T>(d, raw);
+      unpack8<T>(z, get16(to.z.unit(t, c)));
+      unpack8<T>(x, get16(to.x.unit(t, c)));
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        float gate[8], v[8];
+#pragma unroll
+        for (int e = 0; e < 8; ++e) gate[e] = z[e];
+        if constexpr (Sh::kRanks) {
+          float more[8];
+          load(more, &to.parameters.psi[r][c]);
+#pragma unroll
+          for (int e = 0; e < 8; ++e) v[e] = x[e] * more[e];
+          put16(to.scaled.unit(r * CT + t, c), pack8<T>(v));
+          load(more, &to.parameters.phi[r][c]);
+#pragma unroll
+          for (int e = 0; e < 8; ++e) v[e] = d[e] * more[e];
+          if (gated) load(more, &to.parameters.zeta[r][c]);
+#pragma unroll
+          for (int e = 0; e < 8; ++e) gate[e] *= more[e];
+        } else {
+#pragma unroll
+          for (int e = 0; e < 8; ++e) v[e] = d[e];
+        }
+#pragma unroll
+        for (int e = 0; e < 8; ++e) v[e] *= silu(gate[e], gated);
+        put16(to.dys.unit(r * CT + t, c), pack8<T>(v));
+      }
+    }
+    publish();
+    arrive_at(kFull + stage, 384);
+  }
+}
+
+// One of the two that multiply: what reads, or what writes.
+template <class Sh, bool kReads>
+__device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>& s, const Place& here) {
+  using T = typename Sh::T;
+  using Two = Pair<T>;
+  using Shared = GradientShared<Sh>;
+  constexpr int CT = Sh::CT, R = Sh::R, TB = Sh::TB, N = Sh::N, NA = Sh::NA, EIGHTS = Sh::EIGHTS;
+  constexpr int kStages = Shared::kStages, kSide = kReads ? 0 : 1, kWide = N < 128 ? N : 128;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row = lane / 4, col = lane % 4 * 2;
+  const int p0 = warp * 16, p[2] = {p0 + row, p0 + row + 8};
+  const Sequence& seq = here.seq;
+  const int units = int(a.units), items = here.chunks * units, all_p = int(a.P), width = min(P, all_p), H = int(a.H), U = H * here.blocks;
+  const bool gated = a.z;
+  auto& scratch = s.scratch[kSide];
+  auto& scores = scratch.template as<Tile<ROWS, ROWS>>();
+  auto& turned = scratch.template as<typename Shared::Turned>();
+  const auto& state = kReads ? s.S : s.G;
+  const auto fetch = [&](const Step& step) {
+    const long long from = ((long long)(blockIdx.y * int(a.every) + step.j) * U + here.first + step.i) * int(sizeof(s.S));
+    s.states.expect(2 * sizeof(s.S));
+    s.states.copy(&s.S, at<const char>(a.states) + from, sizeof(s.S));
+    s.states.copy(&s.G, at<const char>(a.carried) + from, sizeof(s.G));
+  };
+  if (kReads && threadIdx.x % 128 == 0) fetch({});
+
+  float sum[N / 8][4];  // of C's or B's gradient
+  Step step;
+  for (int it = 0; it < items; ++it) {
+    const int j = step.j, unit = here.first + step.i, h = here.blocks == 1 ? unit : unit / 2, p_first = (unit - h * here.blocks) * P;
+    const bool first_unit = step.i == 0, last_unit = step.i + 1 == units;
+    step.next(units);
+    const int start_ = (here.chunk + j) * CT, live = seq.length - start_, stage = it % kStages;
+    const long long token = seq.token + start_, in_row = seq.first + start_, of_unit = unit * a.tokens + token;
+    auto& in = s.stage[stage];
+    auto& sums = s.sums[stage];
+    const auto& decays = in.decays;
+    const auto &rows = kReads ? in.q : in.k, &others = kReads ? in.k : in.q;
+    const auto& rows_p = [&]() -> const auto& { if constexpr (kReads) return in.dys; else return in.v(); }();
+    const auto& others_p = [&]() -> const auto& { if constexpr (kReads) return in.v(); else return in.dys; }();
+    const auto parameter = [&](const auto& of, int r, int e) { return Sh::kRanks ? of[r][p[e]] : 1.f; };
+    if (first_unit)
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[n][e] = 0.f;
+
+    wait_at(kFull + stage, 384);
+    const float end = decays.L[CT - 1];
+    unsigned dS[4][4];
+    float scale[2];  // of the rows of dq or dk
+    const int mine[2] = {p[0] % CT, p[1] % CT};  // the rows' tokens
+    {
+    float m[ROWS / 8][4], dm[ROWS / 8][4];
+    start();
+#pragma unroll
+    for (int k = 0; k < N / 16; ++k)
+      k ? Product<T, ROWS>::template shared<kAcross>(m, rows.descriptor(0, k * 16), others.descriptor(0, k * 16))
+        : Product<T, ROWS>::template shared<kAcross, 0>(m, rows.descriptor(0, 0), others.descriptor(0, 0));
+#pragma unroll
+    for (int k = 0; k < P / 16; ++k)
+      k ? Product<T, ROWS>::template shared<kAcross>(dm, rows_p.descriptor(0, k * 16), others_p.descriptor(0, k * 16))
+        : Product<T, ROWS>::template shared<kAcross, 0>(dm, rows_p.descriptor(0, 0), others_p.descriptor(0, 0));
+    finish();
+    if (kReads && Sh::kTurns && it) wait_at(kRead, 256);  // what was turned back for the head before
+
+    // scores and dm through the decays, by rows
+    const float l[2] = {decays.L[mine[0]], decays.L[mine[1]]};
+    {
+      const float w[2] = {decays.w[mine[0]], decays.w[mine[1]]};
+      const float own[2] = {own_weight(decays, mine[0]), own_weight(decays, mine[1])};
+#pragma unroll
+      for (int e = 0; e < 2; ++e) scale[e] = kReads ? exp_(l[e]) : exp_(end - l[e]) * w[e];
+      float passed[2] = {}, owned[2] = {};  // pairs or later; own
+#pragma unroll
+      for (int i = 0; i < EIGHTS; ++i) {
+        const float2 L = *reinterpret_cast<const float2*>(&decays.L[i * 8 + col]);
+        const float2 weight = kReads ? *reinterpret_cast<const float2*>(&decays.w[i * 8 + col]) : float2{};
+        float decay[4], mix[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float other = e % 2 ? L.y : L.x;
+          const int d = kReads ? mine[e / 2] - i * 8 - col - e % 2 : i * 8 + col + e % 2 - mine[e / 2];  // how much later is read
+          const float since = exp_(kReads ? l[e / 2] - other : other - l[e / 2]);
+          decay[e] = d > 0 ? since : 0.f;
+          if constexpr (kReads) decay[e] = d > 0 ? since * (e % 2 ? weight.y : weight.x) : 0.f;
+          mix[e] = d == 0 ? own[e / 2] : kReads ? decay[e] : decay[e] * w[e / 2];
+        }
+#pragma unroll
+        for (int r = 0; r < R; ++r)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            float &x = m[r * EIGHTS + i][e], &dx = dm[r * EIGHTS + i][e];
+            const float both = x * dx;
+            passed[e / 2] += both * decay[e];
+            if constexpr (kReads) owned[e / 2] += mine[e / 2] == i * 8 + col + e % 2 ? both : 0.f;
+            x *= mix[e], dx *= mix[e];
+          }
+      }
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float of_row = over_quad(passed[e]), of_own = kReads ? over_quad(owned[e]) : 0.f;
+        if (lane % 4 == 0) {
+          if constexpr (kReads) sums.pairs[p[e]] = of_row, sums.own[p[e]] = of_own;
+          else sums.later[p[e]] = of_row;
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < ROWS / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) scores.put(p[e], n * 8 + col, Two::pack(m[n][2 * e], m[n][2 * e + 1]));
+#pragma unroll
+      for (int c = 0; c < 4; ++c) operand<T>(dS[c], dm[2 * c], dm[2 * c + 1]);
+    }
+    }
+    s.states.wait(it % 2);
+    if constexpr (!kReads) {  // <S, G>, the diagonal of a product
+      float both[P / 8][4], energy = 0.f;
+      start();
+#pragma unroll
+      for (int k = 0; k < N / 16; ++k)
+        k ? Product<T, P>::template shared<kAcross>(both, s.S.descriptor(0, k * 16), s.G.descriptor(0, k * 16))
+          : Product<T, P>::template shared<kAcross, 0>(both, s.S.descriptor(0, 0), s.G.descriptor(0, 0));
+      finish();
+#pragma unroll
+      for (int n = 0; n < P / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) energy += n * 8 + col + e % 2 == p[e / 2] ? both[n][e] : 0.f;
+#pragma unroll
+      for (int d = 16; d; d /= 2) energy += __shfl_xor_sync(~0u, energy, d);
+      if (lane == 0) sums.energy[warp] = energy;
+    }
+
+    float y[ROWS / 8][4];
+    start();
+#pragma unroll
+    for (int k = 0; k < N / 16; ++k)
+      k ? Product<T, ROWS>::template shared<kAcross>(y, state.descriptor(0, k * 16), rows.descriptor(0, k * 16))
+        : Product<T, ROWS>::template shared<kAcross, 0>(y, state.descriptor(0, 0), rows.descriptor(0, 0));
+    finish();
+    // y and dv of the states, by columns; what tokens read of S, write to G
+    {
+      float through[EIGHTS * 2] = {}, factor[EIGHTS * 2], weight[kReads ? 1 : EIGHTS * 2];
+#pragma unroll
+      for (int i = 0; i < EIGHTS; ++i) {
+        const float2 L = *reinterpret_cast<const float2*>(&decays.L[i * 8 + col]);
+        factor[2 * i] = exp_(kReads ? L.x : end - L.x), factor[2 * i + 1] = exp_(kReads ? L.y : end - L.y);
+        if constexpr (!kReads) {
+          const float2 w = *reinterpret_cast<const float2*>(&decays.w[i * 8 + col]);
+          weight[2 * i] = w.x, weight[2 * i + 1] = w.y;
+        }
+      }
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        unsigned from[4];
+        rows_p.columns(from, b * 16, p0);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float2 f = Two::unpack(from[e]);
+          float* o = &y[2 * b + e % 2][e / 2 * 2];
+          const int i = (2 * b + e % 2) % EIGHTS * 2;
+          o[0] *= factor[i], o[1] *= factor[i + 1];
+          through[i] += f.x * o[0], through[i + 1] += f.y * o[1];
+          if constexpr (!kReads) o[0] *= weight[i], o[1] *= weight[i + 1];
+        }
+      }
+      constexpr int kFold = EIGHTS * 2 < 8 ? EIGHTS * 2 : 8;
+#pragma unroll
+      for (int from = 0; from < EIGHTS * 2; from += kFold) {
+        float part[kFold];
+#pragma unroll
+        for (int i = 0; i < kFold; ++i) part[i] = through[from + i];
+        const float all = fold(part);
+        const int i = from + folded<kFold>();
+        if (row % (8 / kFold) == 0) sums.states[kSide][warp][i / 2 * 8 + col + i % 2] = all;
+      }
+    }
+    publish();
+    wait_at(kProducts + kSide, 128);
+
+    {
+      unsigned left[4][4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        unsigned from[4];
+        others_p.columns(from, c * 16, p0);
+        left[c][0] = from[0], left[c][1] = from[2], left[c][2] = from[1], left[c][3] = from[3];
+      }
+      start();
+#pragma unroll
+      for (int c = 0; c < 4; ++c) Product<T, ROWS>::template held<kAcross>(y, left[c], scores.descriptor(0, c * 16));
+      finish();
+    }
+    const int t = int(threadIdx.x) % 128;
+    if (t < CT && t < live) {
+      const float through = sums.states[kSide][0][t] + sums.states[kSide][1][t] + sums.states[kSide][2][t] + sums.states[kSide][3][t];
+      float rows_[2] = {};
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        rows_[0] += kReads ? sums.pairs[r * CT + t] : sums.later[r * CT + t];
+        if constexpr (kReads) rows_[1] += sums.own[r * CT + t];
+      }
+      if constexpr (kReads) {
+        at<float>(a.READ)[of_unit + t] = through;
+        at<float>(a.PAIRS)[of_unit + t] = rows_[0];
+        at<float>(a.DOWN)[of_unit + t] = rows_[1];
+      } else {
+        at<float>(a.WRITE)[of_unit + t] = through;
+        at<float>(a.DW)[of_unit + t] = rows_[0] + through;
+        if (t == 0)
+          at<float>(a.energy)[(here.span * a.every + j) * U + unit] =
+              exp_(end) * (sums.energy[0] + sums.energy[1] + sums.energy[2] + sums.energy[3]);
+      }
+    }
+    const long long of_tokens = ((seq.row * a.S + in_row) * H + h) * all_p + p_first;
+    const long long of_ranks = ((long long)blockIdx.y * H + h) * R * all_p + p_first;
+    if constexpr (kReads) {  // the gates
+      if (gated || Sh::kRanks) {
+        float parts[4 * R] = {};  // of phi [R][2], of zeta / phi
+        float through[R][2], zeta[R][2], both[R][2];  // psi D, zeta, zeta phi
+#pragma unroll
+        for (int r = 0; r < R; ++r)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            through[r][e] = in.parameters.skip[p[e]] * parameter(in.parameters.psi, r, e);
+            zeta[r][e] = parameter(in.parameters.zeta, r, e), both[r][e] = zeta[r][e] * parameter(in.parameters.phi, r, e);
+          }
+#pragma unroll
+        for (int tb = 0; tb < TB; ++tb) {
+          unsigned xs[4], zs[4] = {}, ds[4];
+          in.x.columns(xs, tb * 16, p0);
+          in.dy.columns(ds, tb * 16, p0);
+          if (gated) in.z.columns(zs, tb * 16, p0);
+          float2 dz[4] = {};
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float2 x = Two::unpack(xs[e]), z = Two::unpack(zs[e]), dy = Two::unpack(ds[e]);
+#pragma unroll
+            for (int b = tb; b < 4; b += TB) {
+              const int r = Sh::rank(2 * b + e % 2);
+              const float* o = &y[2 * b + e % 2][e / 2 * 2];
+              const float skip = through[r][e / 2], wide = zeta[r][e / 2];
+              const float2 of_gate = {dy.x * (o[0] + skip * x.x), dy.y * (o[1] + skip * x.y)};
+              const float2 gate = {z.x * wide, z.y * wide}, open = {sigmoid(gate.x), sigmoid(gate.y)};
+              const float2 silu = {gated ? gate.x * open.x : 1.f, gated ? gate.y * open.y : 1.f};
+              const float2 back = {of_gate.x * (open.x + silu.x - silu.x * open.x), of_gate.y * (open.y + silu.y - silu.y * open.y)};
+              if constexpr (Sh::kRanks) {
+                parts[2 * r + e / 2] += of_gate.x * silu.x + of_gate.y * silu.y;
+                parts[2 * R + 2 * r + e / 2] += back.x * z.x + back.y * z.y;
+              }
+              dz[e].x += back.x * both[r][e / 2], dz[e].y += back.y * both[r][e / 2];
+            }
+          }
+          if (CT < 16)
+#pragma unroll
+            for (int e = 0; e < 4; e += 2) {
+              dz[e].x += dz[e + 1].x, dz[e].y += dz[e + 1].y;
+              dz[e + 1] = dz[e];
+            }
+#pragma unroll
+          for (int e = 0; e < 4; ++e) zs[e] = Two::pack(dz[e].x, dz[e].y);
+          if (gated) in.z.put_columns(zs, tb * 16, p0);
+        }
+        if (gated) store_columns<Sh>(at<T>(a.dz) + of_tokens, H * all_p, in.z, p0, live, width);
+        if constexpr (Sh::kRanks) {
+#pragma unroll
+          for (int i = 0; i < 2 * R; ++i) parts[2 * R + i] *= parameter(in.parameters.phi, i / 2, i % 2);
+          over_row(parts);
+          const bool of_phi = !(threadIdx.x & 2);
+          const int i = over_row_first<4 * R>() % (2 * R), c = p0 + row + i % 2 * 8;
+          float* to = at<float>(of_phi ? a.dphi : a.dzeta) + of_ranks + i / 2 * all_p + c;
+#pragma unroll
+          for (int n = 0; n < R; ++n) add(to + n / 2 * all_p + n % 2 * 8, parts[n], c + n % 2 * 8 < width && (gated || of_phi));
+        }
+      }
+    } else {  // dx
+      constexpr int kParts = (2 * R + 2 + 3) / 4 * 4;
+      float parts[kParts] = {};  // of psi [R][2], of D [2]
+      auto& out = scratch.template as<Tile<CT, P>>();
+      wait_at(kProducts + kSide, 128);  // all are done with the scores
+#pragma unroll
+      for (int tb = 0; tb < TB; ++tb) {
+        unsigned xs[4], packed[4];
+        in.x.columns(xs, tb * 16, p0);
+        float2 dx[4] = {};
+#pragma unroll
+        for (int b = tb; b < 4; b += TB) {
+          unsigned ds[4];
+          in.dys.columns(ds, b * 16, p0);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int r = Sh::rank(2 * b + e % 2);
+            const float* o = &y[2 * b + e % 2][e / 2 * 2];
+            const float2 x = Two::unpack(xs[e]), dy = Two::unpack(ds[e]);
+            const float skip = in.parameters.skip[p[e / 2]], psi = parameter(in.parameters.psi, r, e / 2);
+            const float2 dv = {o[0] + skip * dy.x, o[1] + skip * dy.y};
+            const float into = dy.x * x.x + dy.y * x.y;
+            parts[2 * R + e / 2] += into * psi;
+            if constexpr (Sh::kRanks) parts[2 * r + e / 2] += dv.x * x.x + dv.y * x.y;
+            dx[e].x += dv.x * psi, dx[e].y += dv.y * psi;
+          }
+        }
+        if (CT < 16)
+#pragma unroll
+          for (int e = 0; e < 4; e += 2) {
+            dx[e].x += dx[e + 1].x, dx[e].y += dx[e + 1].y;
+            dx[e + 1] = dx[e];
+          }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) packed[e] = Two::pack(dx[e].x, dx[e].y);
+        out.put_columns(packed, tb * 16, p0);
+      }
+      store_columns<Sh>(at<T>(a.dx) + of_tokens, H * all_p, out, p0, live, width);
+      over_row(parts);
+#pragma unroll
+      for (int n = 0; n < kParts / 4; ++n) {
+        const int i = over_row_first<kParts>() + n, c = p0 + row + i % 2 * 8;
+        const bool of_psi = Sh::kRanks && i < 2 * R, of_skip = a.D && i / 2 == R;
+        float* to = of_psi ? at<float>(a.dpsi) + of_ranks + i / 2 * all_p : at<float>(a.dD) + ((long long)blockIdx.y * H + h) * all_p + p_first;
+        add(to + c, parts[n], c < width && (of_psi || of_skip));
+      }
+    }
+
+    float d[N / 8][4];  // of q or k
+    start();
+#pragma unroll
+    for (int k = 0; k < P / 16; ++k)
+#pragma unroll
+      for (int n = 0; n < N; n += kWide) {
+        auto& part = reinterpret_cast<float(&)[kWide / 8][4]>(d[n / 8]);
+        k ? Product<T, kWide>::template shared<kAlong>(part, rows_p.descriptor(0, k * 16), state.descriptor(k * 16, n))
+          : Product<T, kWide>::template shared<kAlong, 0>(part, rows_p.descriptor(0, 0), state.descriptor(0, n));
+      }
+    finish();
+    if (lane == 0) {  // the last of eight warps fetches the next states
+      __threadfence_block();
+      if (atomicAdd(&s.done, 1) % 8 == 7 && it + 1 < items) fetch(step);
+    }
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) d[n][e] *= scale[e / 2];
+    start();
+#pragma unroll
+    for (int c = 0; c < 4; ++c)
+#pragma unroll
+      for (int n = 0; n < N; n += kWide)
+        Product<T, kWide>::template held<kAlong>(
+            reinterpret_cast<float(&)[kWide / 8][4]>(d[n / 8]), dS[c], others.descriptor(c * 16, n));
+    finish();
+    wait_at(kProducts + kSide, 128);  // all are done with the scores, or have stored dx
+    if constexpr (Sh::kTurns) {
+      turn_back<Sh>(d, p0, rows, in.turns, turned);
+      if constexpr (kReads) arrive_at(kTurned, 256);
+      add_bias<Sh>(d, at<float>(kReads ? a.dC_bias : a.dB_bias) + ((long long)blockIdx.y * U + unit) * (R < 4 ? 4 : R) * N);
+    }
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[n][e] += d[n][e];
+    if constexpr (Sh::kTurns && !kReads) {
+      wait_at(kTurned, 256);
+      const bool each = a.angle_heads > 1;
+      const long long place = each ? of_unit : (here.group * a.splits + here.split) * a.tokens + token;
+      angle_gradients<Sh>(
+          s.scratch[0].template as<typename Shared::Turned>(), turned,
+          at<const float>(a.angles) + seq.row * a.a_b + in_row * a.a_s + h * a.a_h, int(a.a_s), decays,
+          at<float>(a.dangle_sum) + place * NA, each || first_unit,
+          at<float>(a.total) + ((here.span * a.every + j) * U + unit) * NA, sums.by_token, live);
+      wait_at(kProducts + kSide, 128);
+      if (t < CT && t < live) {
+        float of_token = 0.f;
+#pragma unroll
+        for (int n = 0; n < (Angles<Sh>::SEG * NA + 31) / 32; ++n) of_token += sums.by_token[n][t];
+        at<float>(a.ddt_turned)[of_unit + t] = PI * of_token;
+      }
+    }
+    arrive_at(kEmpty + stage, 384);
+    if (last_unit) {
+      const long long at_B = here.split * a.dB_split + seq.row * a.dB_b + in_row * a.dB_s + here.group * a.dB_g;
+      const long long at_C = here.split * a.dC_split + seq.row * a.dC_b + in_row * a.dC_s + here.group * a.dC_g;
+      store_rows<Sh>(
+          sum, at<char>(kReads ? a.dC : a.dB) + (a.splits > 1 ? 4 : 2) * (kReads ? at_C : at_B), a.splits == 1,
+          int(kReads ? a.dC_s : a.dB_s), int(kReads ? a.dC_r : a.dB_r), p0, live);
+    }
+  }
+}
+
+template <typename T, int MODEL, int R, int N>
+__global__ void __launch_bounds__(384, 1) gradient(const __grid_constant__ Arguments a) {
+  using Sh = Shape<T, MODEL, R, N>;
+  extern __shared__ __align__(1024) char bytes[];
+  auto& s = *reinterpret_cast<GradientShared<Sh>*>(bytes);
+  const Place here = place<Sh>(a);
+  if (here.chunks == 0) return;
+  if (threadIdx.x == 0) s.states.make(), s.done = 0;
+  publish();
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    take_registers<208>();
+    multiply<Sh, true>(a, s, here);
+  } else if (threadIdx.x < 256) {
+    take_registers<208>();
+    multiply<Sh, false>(a, s, here);
+  } else {
+    give_registers<88>();
+    make_tiles<Sh>(a, s, here);
+  }
+}
+
+}  // namespace nam56r::ssd

@@ -1,0 +1,225 @@
+// The states before every chunk of a segment, and the gradients G of the states after every chunk.
+//
+//   forward in time    S <- e^(L_end) S + (e^(L_end - L) w v)^T k
+//   backward           G <- e^(L_end) G + (e^L dys)^T q        v, dys: see gradient.cuh
+// One block of two warpgroups a sequence, unit and direction. One makes the rows of k or q: copies two chunks ahead, adds
+// the biases, turns. A warp of the other has 16 of the P columns, its part of the state [16, N] in fp32 registers, which
+// wgmma adds to, and which leaves, rounded, through shared memory: `states` and `carried` hold tiles as wgmma reads them.
+// A segment's S starts from what the forward saved, G from the segment after it, in `dstate`, which stays fp32.
+// Bound: latency; turning on the one side, gates and rounding on the other.
+#pragma once
+
+#include "ssd/tiles.cuh"
+
+namespace nam56r::ssd {
+
+template <class Sh>
+struct WalkShared {
+  static constexpr int kStages = 4;
+  Tile<ROWS, Sh::N> rows[kStages];
+  Tile<P, Sh::N> out;
+  Tile<Sh::CT, P> x, z;  // or dy, z
+  Decays<Sh> decays[kStages];
+  Turns<Sh> turns;
+  Parameters<Sh> parameters;
+};
+
+template <typename T, int MODEL, int R, int N>
+__global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_constant__ Arguments a) {
+  using Sh = Shape<T, MODEL, R, N>;
+  using Two = Pair<T>;
+  using Row = Rows<Sh, 1>;
+  constexpr int CT = Sh::CT, TB = Sh::TB, NA = Sh::NA, kStages = WalkShared<Sh>::kStages, kAhead = 2;
+  extern __shared__ __align__(1024) char bytes[];
+  auto& s = *reinterpret_cast<WalkShared<Sh>*>(bytes);
+
+  const bool back = blockIdx.z;
+  const int H = int(a.H), all_p = int(a.P), every = int(a.every), blocks = gridDim.x / H;
+  const int h = blockIdx.x / blocks, p_first = blockIdx.x % blocks * P, width = min(P, all_p), g = h / int(a.heads_per_group);
+  const Sequence seq = sequence(a, blockIdx.y);
+  const int all = (seq.length + CT - 1) / CT;
+  const long long unit = (long long)blockIdx.y * H + h, tokens = h * a.tokens + seq.token, span = first_span(a, blockIdx.y);
+  // the segment's chunks of the sequence, and where they lie in it
+  const long long segment = a.cu ? a.segment - span : a.segment;
+  const int low = int(min((long long)all, max(0ll, segment) * every)), high = int(max(0ll, min((long long)all, (segment + a.segment_spans) * every)));
+  const long long lies = a.cu ? -segment * every : (blockIdx.y * a.segment_spans - segment) * every;
+  const int chunks = high - low;
+  if (chunks <= 0 && !(back && all == 0 && a.segment == 0)) return;
+  const auto chunk_of = [&](int n) { return back ? high - 1 - n : low + n; };
+
+  copy_parameters<Sh, 256>(s.parameters, a, h, p_first, width);
+  commit();
+  wait_copies();
+  __syncthreads();
+
+  if (threadIdx.x >= 128) {
+    if constexpr (N <= 128) give_registers<88>();
+    const T* from = back ? at<const T>(a.C) + seq.row * a.C_b + seq.first * a.C_s + g * a.C_g
+                         : at<const T>(a.B) + seq.row * a.B_b + seq.first * a.B_s + g * a.B_g;
+    const int per_token = int(back ? a.C_s : a.B_s), per_rank = int(back ? a.C_r : a.B_r);
+    const float* angles = at<const float>(a.angles) + seq.row * a.a_b + seq.first * a.a_s + h * a.a_h;
+    const float* steps = at<const float>(a.DT) + tokens;
+    const Row row;
+    typename Row::Bias bias;
+    Angles<Sh> angle;
+    float base = 0.f;
+    const auto load = [&](int n) {
+      const int chunk = chunk_of(n);
+      angle.load(angles + (long long)chunk * CT * a.a_s, int(a.a_s), steps + chunk * CT, seq.length - chunk * CT);
+      if (Angles<Sh>::mine()) base = at<const float>(a.bases)[((span * every + chunk) * H + h) * NA + Angles<Sh>::index()];
+    };
+    const auto copy = [&](int n) {
+      if (n < chunks) {
+        const int t = chunk_of(n) * CT;
+        if (n >= kStages) wait_at(kEmpty + n % kStages, 256);
+        row.copy(s.rows[n % kStages], from + (long long)t * per_token, per_token, per_rank, seq.length - t);
+        copy_decays<Sh>(s.decays[n % kStages], a, tokens + t, seq.length - t);
+      }
+      commit();
+    };
+    if constexpr (Sh::kTurns) {
+      row.load(bias, at<const float>(back ? a.C_bias : a.B_bias) + (long long)h * R * N);
+      if (chunks > 0) load(0);
+    }
+#pragma unroll
+    for (int n = 0; n < kAhead; ++n) copy(n);
+    for (int n = 0; n < chunks; ++n) {
+      copy(n + kAhead);
+      if constexpr (Sh::kTurns) {
+        wait_at(kTurning, 128);  // the chunk before is turned
+        angle.turn(s.turns, base);
+        if (n + 1 < chunks) load(n + 1);
+      }
+      wait_copies<kAhead>();
+      wait_at(kTurning, 128);
+      row.turn(s.rows[n % kStages], bias, s.turns);
+      publish();
+      arrive_at(kFull + n % kStages, 256);
+    }
+  } else {
+    if constexpr (N <= 128) take_registers<168>();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, col = lane % 4 * 2;
+    const T* x = back ? at<const T>(a.dy) + seq.row * a.dy_b + seq.first * a.dy_s + h * a.dy_h + p_first
+                      : at<const T>(a.x) + seq.row * a.x_b + seq.first * a.x_s + h * a.x_h + p_first;
+    const int x_s = int(back ? a.dy_s : a.x_s);
+    const T* z = at<const T>(a.z) + seq.row * a.z_b + seq.first * a.z_s + h * a.z_h + p_first;
+    const bool gated = a.z && back;
+    const int p0 = warp * 16, p[2] = {p0 + row, p0 + row + 8};
+    const long long of_unit = (unit * all_p + p_first + p[0]) * N + col;
+    float S[N / 8][4] = {};
+    if (back) {
+      const float* from = at<const float>(high == all ? a.dfinal : a.dstate);
+      if (from)
+#pragma unroll
+        for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            if (p[e] < width) {
+              const float2 v = *reinterpret_cast<const float2*>(from + of_unit + 8 * e * N + 8 * j);
+              S[j][2 * e] = v.x, S[j][2 * e + 1] = v.y;
+            }
+    } else {
+      const long long number = a.segment / a.segment_spans + (a.cu ? blockIdx.y : blockIdx.y * a.segments);
+      const float* from = at<const float>(a.saved) + ((number * H + h) * all_p + p_first + p[0]) * N + col;
+#pragma unroll
+      for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (p[e] < width) {
+            const float2 v = *reinterpret_cast<const float2*>(from + 8 * e * N + 8 * j);
+            S[j][2 * e] = v.x, S[j][2 * e + 1] = v.y;
+          }
+    }
+    const auto parameter = [&](const auto& of, int r, int e) { return Sh::kRanks ? of[r][p[e]] : 1.f; };
+    const auto copy = [&](int n) {  // what only this warp reads
+      const int t = chunk_of(n) * CT, live = seq.length - t;
+      copy_columns<Sh>(s.x, x + (long long)t * x_s, x_s, live, p0, width);
+      if (gated) copy_columns<Sh>(s.z, z + t * a.z_s, int(a.z_s), live, p0, width);
+      commit();
+    };
+    char* to = at<char>(back ? a.carried : a.states) + (lies * gridDim.x + blockIdx.x) * int(sizeof(s.out));
+
+    if (chunks > 0) copy(0);
+    for (int n = 0; n < chunks; ++n) {
+      const int chunk = chunk_of(n);
+      const auto& in = s.rows[n % kStages];
+      const auto& decays = s.decays[n % kStages];
+      // the state as it is leaves: the warp's 16 rows
+      if (lane < s.out.kParts) wait_bulk_read();
+      __syncwarp();
+#pragma unroll
+      for (int k = 0; k < N / 16; ++k) {
+        const unsigned four[4] = {
+            Two::pack(S[2 * k][0], S[2 * k][1]), Two::pack(S[2 * k][2], S[2 * k][3]),
+            Two::pack(S[2 * k + 1][0], S[2 * k + 1][1]), Two::pack(S[2 * k + 1][2], S[2 * k + 1][3])};
+        s.out.put_rows(four, p0, k * 16);
+      }
+      publish();
+      __syncwarp();
+      if (lane < s.out.kParts)
+        store_bulk(to + (long long)chunk * gridDim.x * int(sizeof(s.out)) + (lane * P + p0) * 128, &s.out.x[lane][p0], 16 * 128);
+
+      wait_at(kFull + n % kStages, 256);
+      wait_copies();
+      __syncwarp();
+      unsigned weighed[4][4];
+      const float end = decays.L[CT - 1];
+#pragma unroll
+      for (int tb = 0; tb < TB; ++tb) {
+        unsigned xs[4], zs[4] = {};
+        s.x.columns(xs, tb * 16, p0);
+        if (gated) s.z.columns(zs, tb * 16, p0);
+        float factor[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int t = (tb * 16 + e / 2 * 8) % CT + col + e % 2;
+          factor[e] = back ? exp_(decays.L[t]) : exp_(end - decays.L[t]) * decays.w[t];
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float2 f = Two::unpack(xs[e]), zt = Two::unpack(zs[e]);
+#pragma unroll
+          for (int b = tb; b < 4; b += TB) {
+            const int r = Sh::rank(2 * b + e % 2);
+            float2 scale;
+            if (back) {
+              const float phi = parameter(s.parameters.phi, r, e / 2), zeta = parameter(s.parameters.zeta, r, e / 2);
+              scale = {phi * silu(zt.x * zeta, gated), phi * silu(zt.y * zeta, gated)};
+            } else {
+              const float psi = parameter(s.parameters.psi, r, e / 2);
+              scale = {psi, psi};
+            }
+            weighed[b][e / 2 + e % 2 * 2] = Two::pack(f.x * scale.x * factor[e % 2 * 2], f.y * scale.y * factor[e % 2 * 2 + 1]);
+          }
+        }
+      }
+      __syncwarp();
+      if (n + 1 < chunks) copy(n + 1);
+      const float decay = exp_(end);
+#pragma unroll
+      for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) S[j][e] *= decay;
+      constexpr int kWide = N < 128 ? N : 128;
+      start();
+#pragma unroll
+      for (int c = 0; c < 4; ++c)
+#pragma unroll
+        for (int m = 0; m < N; m += kWide)
+          Product<T, kWide>::template held<kAlong>(
+              reinterpret_cast<float(&)[kWide / 8][4]>(S[m / 8]), weighed[c], in.descriptor(c * 16, m));
+      finish();
+      if (n + kStages < chunks) arrive_at(kEmpty + n % kStages, 256);
+    }
+    if (back)
+#pragma unroll
+      for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (p[e] < width)
+            *reinterpret_cast<float2*>(at<float>(a.dstate) + of_unit + 8 * e * N + 8 * j) = {S[j][2 * e], S[j][2 * e + 1]};
+    if (lane < s.out.kParts) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  }
+}
+
+}  // namespace nam56r::ssd
