@@ -80,12 +80,6 @@ struct Arrival {
         :: "r"(shared_address(&x)), "r"(parity) : "memory");
   }
 };
-__device__ inline void store_bulk(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;"
-      :: "l"(to), "r"(shared_address(from)), "r"(bytes) : "memory");
-}
-__device__ inline void wait_bulk_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-
 // A tile of 16-bit elements in shared memory, 64 columns after 64 columns, as wgmma reads it with its 128-byte swizzle:
 // the eight 16-byte units of a row of 64 lie in the order unit ^ row % 8, so that 8 rows' units lie in different banks.
 // A warp's lane 4 g + t holds of an accumulator [16][8] the columns 2 t, 2 t + 1 of the rows g (0, 1) and g + 8 (2, 3).
@@ -143,9 +137,6 @@ __device__ inline float reciprocal(float x) {
   return y;
 }
 __device__ inline float sigmoid(float x) { return reciprocal(1.f + exp_(-x)); }
-__device__ inline float silu(float x, bool gated) {  // 1 without gates
-  const float y = x * sigmoid(x);
-  return gated ? y : 1.f;
-}
+__device__ inline float silu(float x, float plain) { return x * sigmoid(x) + plain; }  // plain: 1 without gates, where x is 0
 
 }  // namespace nam56r::ssd

@@ -52,9 +52,8 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
   if (threadIdx.x >= 128) {
     if constexpr (N <= 128) give_registers<88>();
     const Row row;
-    const T* from = row.tile ? at<const T>(a.B) + seq.row * a.B_b + seq.first * a.B_s + g * a.B_g
-                             : at<const T>(a.C) + seq.row * a.C_b + seq.first * a.C_s + g * a.C_g;
-    const int per_token = int(row.tile ? a.B_s : a.C_s), per_rank = int(row.tile ? a.B_r : a.C_r);
+    const T* B = at<const T>(a.B) + seq.row * a.B_b + seq.first * a.B_s + g * a.B_g;
+    const T* C = at<const T>(a.C) + seq.row * a.C_b + seq.first * a.C_s + g * a.C_g;
     const float* angles = at<const float>(a.angles) + seq.row * a.a_b + seq.first * a.a_s + h * a.a_h;
     const float* steps = at<const float>(a.DT) + tokens;
     typename Row::Bias bias;
@@ -74,7 +73,8 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
       auto& tile = row.tile ? stage.k : stage.q;
       const int t = chunk * CT, live = seq.length - t;
       if (chunk >= kStages) wait_at(kEmpty + chunk % kStages, 256);
-      row.copy(tile, from + (long long)t * per_token, per_token, per_rank, live);
+      copy_rows<Sh>(stage.q, C + t * a.C_s, int(a.C_s), int(a.C_r), live);
+      copy_rows<Sh>(stage.k, B + t * a.B_s, int(a.B_s), int(a.B_r), live);
       copy_decays<Sh>(s.decays[chunk % kStages], a, tokens + t, live);
       commit();
       if constexpr (Sh::kTurns) {
@@ -100,6 +100,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
     T* y = at<T>(a.y) + ((seq.row * a.S + seq.first) * H + h) * all_p + p_first;
     const int y_s = H * all_p;
     const bool gated = a.z;
+    const float plain = gated ? 0.f : 1.f;
 
     // the thread's columns of P: p[0] and p[1]
     const int p0 = warp * 16, p[2] = {p0 + row, p0 + row + 8};
@@ -115,10 +116,10 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
             S[j][2 * e] = v.x, S[j][2 * e + 1] = v.y;
           }
     const auto parameter = [&](const auto& of, int r, int e) { return Sh::kRanks ? of[r][p[e]] : 1.f; };
-    const auto copy = [&](int chunk) {  // what only this warp reads
+    const auto copy = [&](int chunk) {
       const int t = chunk * CT, live = seq.length - t;
-      copy_columns<Sh>(s.x, x + t * a.x_s, int(a.x_s), live, p0, width);
-      if (gated) copy_columns<Sh>(s.z, z + t * a.z_s, int(a.z_s), live, p0, width);
+      copy_tokens<Sh>(s.x, x + t * a.x_s, int(a.x_s), live, width);
+      if (gated) copy_tokens<Sh>(s.z, z + t * a.z_s, int(a.z_s), live, width);
       commit();
     };
 
@@ -252,7 +253,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
             const float* o = &out[2 * b + half][e / 2 * 2];
             const float through = s.parameters.skip[p[e / 2]] * parameter(s.parameters.psi, r, e / 2);
             const float zeta = parameter(s.parameters.zeta, r, e / 2), phi = parameter(s.parameters.phi, r, e / 2);
-            sum.x += (o[0] + through * xt.x) * phi * silu(zt.x * zeta, gated), sum.y += (o[1] + through * xt.y) * phi * silu(zt.y * zeta, gated);
+            sum.x += (o[0] + through * xt.x) * phi * silu(zt.x * zeta, plain), sum.y += (o[1] + through * xt.y) * phi * silu(zt.y * zeta, plain);
           };
 #pragma unroll
           for (int b = tb; b < 4; b += TB) {
@@ -271,7 +272,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
           put16(y + (long long)(chunk * CT) * y_s + t * y_s + c, get16(s.x.unit(t, c)));
       }
       if (chunk + 1 < chunks) {
-        __syncwarp();
+        wait_at(kProducts, 128);  // all have stored y
         copy(chunk + 1);
       }
     }

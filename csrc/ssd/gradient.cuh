@@ -29,6 +29,7 @@ struct GradientShared {
     Turns<Sh> turns;
     Decays<Sh> decays;
     Parameters<Sh> parameters;
+    alignas(16) float bias[2][Sh::kTurns ? Sh::R : 1][Sh::N];
 
     __device__ auto& v() {
       if constexpr (Sh::kRanks) return scaled;
@@ -89,6 +90,10 @@ __device__ inline void add(float* to, float x, bool really = true) {
   asm volatile("{.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p red.global.add.f32 [%0], %1;\n}" :: "l"(to), "f"(x), "r"(int(really)) : "memory");
 }
 
+__device__ inline void add(float* to, float2 x) {
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" :: "l"(to), "f"(x.x), "f"(x.y) : "memory");
+}
+
 // Where in a block's work a warpgroup is: chunk j, unit i of the block's.
 struct Step {
   int j = 0, i = 0;
@@ -138,11 +143,11 @@ __device__ __forceinline__ void operand(unsigned (&to)[4], const float (&left)[4
   to[2] = Pair<T>::pack(right[0], right[1]), to[3] = Pair<T>::pack(right[2], right[3]);
 }
 
-// Undoes the turn in a warp's 16 rows of the gradient of q or k, and leaves the angles' gradient in turned.
+// Undoes the turn in a warp's 16 rows of the gradient of q or k; leaves the angles' gradient in turned.
 template <class Sh>
 __device__ __forceinline__ void turn_back(
     float (&d)[Sh::N / 8][4], int first, const Tile<ROWS, Sh::N>& tile, const Turns<Sh>& turns,
-    float (&turned)[ROWS][Sh::NA + 4]) {
+    float2 (&turned)[2][Sh::NA / 8]) {
   using Two = Pair<typename Sh::T>;
   constexpr int N = Sh::N;
   const int lane = threadIdx.x % 32, row = lane / 4, col = lane % 4 * 2;
@@ -157,7 +162,7 @@ __device__ __forceinline__ void turn_back(
         const float2 f = Turns<Sh>::unpack(turn.x), g = Turns<Sh>::unpack(turn.y);
         const float2 x = Two::unpack(tile.pair(r, c)), y = Two::unpack(tile.pair(r, c + N / 2));
         float *u = &d[j][2 * e], *v = &d[j + N / 16][2 * e];
-        *reinterpret_cast<float2*>(&turned[r][c]) = {x.x * v[0] - y.x * u[0], x.y * v[1] - y.y * u[1]};
+        turned[e][j] = {x.x * v[0] - y.x * u[0], x.y * v[1] - y.y * u[1]};
         const float2 back = {u[0] * f.x + v[0] * f.y, u[1] * g.x + v[1] * g.y};
         v[0] = v[0] * f.x - u[0] * f.y, v[1] = v[1] * g.x - u[1] * g.y;
         u[0] = back.x, u[1] = back.y;
@@ -168,7 +173,7 @@ __device__ __forceinline__ void turn_back(
         const int c = j * 8 + col;
         const float2 f = Turns<Sh>::unpack(turns.x[t][c / 2]), x = Two::unpack(tile.pair(r, c));
         float &u = d[j][2 * e], &v = d[j][2 * e + 1];
-        turned[r][c / 2] = x.x * v - x.y * u;
+        (j % 2 ? turned[e][j / 2].y : turned[e][j / 2].x) = x.x * v - x.y * u;
         const float back = u * f.x + v * f.y;
         v = v * f.x - u * f.y, u = back;
       }
@@ -176,73 +181,113 @@ __device__ __forceinline__ void turn_back(
   }
 }
 
-// The sums of the columns of a warp's 16 rows: the bias's gradient. A warp has one of max(R, 4) rows of it, at 8 ranks two.
+// Where turn_back's lie in turned: pairs of angles, of SISO four apart.
 template <class Sh>
-__device__ __forceinline__ void add_bias(const float (&d)[Sh::N / 8][4], float* of_unit) {
-  constexpr int kRows = Sh::R > 4 ? 2 : 1;
-  const int col = threadIdx.x % 4 * 2, warp = threadIdx.x / 32 % 4;
+__device__ __forceinline__ void put_turned(float (&turned)[ROWS][Sh::NA + 4], int first, const float2 (&from)[2][Sh::NA / 8]) {
+  const int lane = threadIdx.x % 32, row = first + lane / 4, t = lane % 4;
 #pragma unroll
-  for (int r = 0; r < kRows; ++r)
+  for (int e = 0; e < 2; ++e)
 #pragma unroll
-    for (int four = 0; four < Sh::N / 8; four += 4) {
-      float columns[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float(&from)[4] = d[four + i / 2];
-        columns[i] = kRows == 2 ? from[2 * r + i % 2] : from[i % 2] + from[2 + i % 2];
-      }
-      const float sum = fold(columns);
-      const int i = folded<8>();
-      add(of_unit + (warp * kRows + r) * Sh::N + (four + i / 2) * 8 + col + i % 2, sum);
+    for (int j = 0; j < Sh::NA / 8; ++j) {
+      if constexpr (Sh::MODEL == kMimo)
+        *reinterpret_cast<float2*>(&turned[row + 8 * e][j * 8 + 2 * t]) = from[e][j];
+      else
+        turned[row + 8 * e][j * 8 + t] = from[e][j].x, turned[row + 8 * e][j * 8 + 4 + t] = from[e][j].y;
     }
 }
 
+// The sums of the columns of a warp's 16 rows: the bias's gradient. A warp has one of max(R, 4) rows of it, at 8 ranks two.
+// `room` is the warp's: 16 rows of turned.
+template <class Sh>
+__device__ __forceinline__ void add_bias(const float (&d)[Sh::N / 8][4], float* of_unit, float* room) {
+  constexpr int kRows = Sh::R > 4 ? 2 : 1, WIDE = Sh::N / 2, AT = WIDE + 8, EACH = WIDE / 32 > 1 ? WIDE / 32 : 1;
+  const int lane = threadIdx.x % 32, row = lane / 4, col = lane % 4 * 2, warp = threadIdx.x / 32 % 4;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+#pragma unroll
+    for (int n = 0; n < Sh::N; n += WIDE) {
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < WIDE / 8; ++i) {
+        const float(&from)[4] = d[n / 8 + i];
+        *reinterpret_cast<float2*>(&room[row * AT + i * 8 + col]) =
+            kRows == 2 ? float2{from[2 * r], from[2 * r + 1]} : float2{from[0] + from[2], from[1] + from[3]};
+      }
+      __syncwarp();
+      float sum[EACH] = {};
+      if (WIDE >= 32 || lane < WIDE)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float* from = &room[i * AT + lane * EACH];
+          if constexpr (EACH == 1)
+            sum[0] += *from;
+          else
+#pragma unroll
+            for (int e = 0; e < EACH; e += 2) {
+              const float2 two = *reinterpret_cast<const float2*>(from + e);
+              sum[e] += two.x, sum[e + 1] += two.y;
+            }
+        }
+      float* to = of_unit + (warp * kRows + r) * Sh::N + n + lane * EACH;
+      if constexpr (EACH == 1)
+        add(to, sum[0], WIDE >= 32 || lane < WIDE);
+      else
+#pragma unroll
+        for (int e = 0; e < EACH; e += 2) add(to + e, float2{sum[e], sum[e + 1]});
+    }
+  __syncwarp();
+}
+
 // The angles' gradients of a chunk and head: summed over ranks and both sides, then over the chunk's later tokens. Every
-// thread of a warpgroup has the angle and the tokens that it has in Angles.
+// thread of a warpgroup has two angles; PARTS threads share them, LONG tokens each.
 template <class Sh>
 __device__ __forceinline__ void angle_gradients(
     const float (&q)[ROWS][Sh::NA + 4], const float (&k)[ROWS][Sh::NA + 4], const float* bends, int per_token,
     const Decays<Sh>& decays, float* dangle, bool set, float* total, float (&by_token)[4][Sh::CT], int live) {
-  using Angle = Angles<Sh>;
-  constexpr int LONG = Angle::LONG, SEG = Angle::SEG;
-  if (!Angle::mine()) {
+  constexpr int kAll = 256 / Sh::NA, PARTS = kAll < Sh::CT ? kAll : Sh::CT, LONG = Sh::CT / PARTS;
+  const int part = threadIdx.x % PARTS, index = threadIdx.x % 128 / PARTS * 2;
+  if (kAll != PARTS && index >= Sh::NA) {
     arrive_at(kRead, 256);
     return;
   }
-  const int index = Angle::index();
-  float c[LONG], bend[LONG];
+  float2 c[LONG], bend[LONG];
+  bends += part * LONG * per_token + index;
 #pragma unroll
-  for (int i = 0; i < LONG; ++i) bend[i] = Angle::token(i) < live ? bends[Angle::token(i) * per_token + index] : 0.f;
+  for (int i = 0; i < LONG; ++i)
+    bend[i] = part * LONG + i < live ? float2{bends[i * per_token], bends[i * per_token + 1]} : float2{};
 #pragma unroll
   for (int i = LONG - 1; i >= 0; --i) {
-    float sum = 0.f;
+    c[i] = i + 1 < LONG ? c[i + 1] : float2{};
 #pragma unroll
     for (int r = 0; r < Sh::R; ++r) {
-      const int row = r * Sh::CT + Angle::token(i);
-      sum += q[row][index] + k[row][index];
+      const int row = r * Sh::CT + part * LONG + i;
+      const float2 f = *reinterpret_cast<const float2*>(&q[row][index]), g = *reinterpret_cast<const float2*>(&k[row][index]);
+      c[i].x += f.x + g.x, c[i].y += f.y + g.y;
     }
-    c[i] = sum + (i + 1 < LONG ? c[i + 1] : 0.f);
   }
   arrive_at(kRead, 256);
-  float after = c[0];
+  float2 after = c[0];
 #pragma unroll
-  for (int d = 1; d < SEG; d *= 2) {
-    const float other = __shfl_down_sync(~0u, after, d, SEG);
-    if (threadIdx.x % SEG + d < SEG) after += other;
+  for (int d = 1; d < PARTS; d *= 2) {
+    const float2 other = {__shfl_down_sync(~0u, after.x, d, PARTS), __shfl_down_sync(~0u, after.y, d, PARTS)};
+    if (part + d < PARTS) after.x += other.x, after.y += other.y;
   }
-  if (threadIdx.x % SEG == 0) total[index] = after;
-  after -= c[0];
+  if (part == 0) *reinterpret_cast<float2*>(total + index) = after;
+  after.x -= c[0].x, after.y -= c[0].y;
 #pragma unroll
   for (int i = 0; i < LONG; ++i) {
-    const int t = Angle::token(i);
-    const float all = c[i] + after;
+    const int t = part * LONG + i;
+    const float2 all = {c[i].x + after.x, c[i].y + after.y};
+    const float2 sum = {decays.dt[t] * all.x, decays.dt[t] * all.y};
     float* to = dangle + t * Sh::NA + index;
-    if (set && t < live) *to = decays.dt[t] * all;
-    else add(to, decays.dt[t] * all, t < live);
-    float sum = bend[i] * all;
+    if (t < live) {
+      if (set) *reinterpret_cast<float2*>(to) = sum;
+      else add(to, sum);
+    }
+    float of_token = bend[i].x * all.x + bend[i].y * all.y;
 #pragma unroll
-    for (int d = SEG; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
-    if (threadIdx.x % 32 / SEG == 0) by_token[threadIdx.x / 32 % 4][t] = sum;
+    for (int d = PARTS; d < 32; d *= 2) of_token += __shfl_xor_sync(~0u, of_token, d);
+    if (threadIdx.x % 32 / PARTS == 0) by_token[threadIdx.x / 32 % 4][t] = of_token;
   }
 }
 
@@ -289,11 +334,10 @@ __device__ __forceinline__ void make_tiles(const Arguments& a, GradientShared<Sh
   const Sequence& seq = here.seq;
   const int units = int(a.units), items = here.chunks * units, width = min(P, int(a.P));
   const bool gated = a.z;
+  const float plain = gated ? 0.f : 1.f;
   const Row row;
-  const float* biases = at<const float>(row.tile ? a.B_bias : a.C_bias);
-  const T* rows = at<const T>(row.tile ? a.B : a.C) + seq.row * (row.tile ? a.B_b : a.C_b) + seq.first * (row.tile ? a.B_s : a.C_s) +
-                  here.group * (row.tile ? a.B_g : a.C_g);
-  const int per_token = int(row.tile ? a.B_s : a.C_s), per_rank = int(row.tile ? a.B_r : a.C_r);
+  const T* B = at<const T>(a.B) + seq.row * a.B_b + seq.first * a.B_s + here.group * a.B_g;
+  const T* C = at<const T>(a.C) + seq.row * a.C_b + seq.first * a.C_s + here.group * a.C_g;
   Step step;
   for (int it = 0; it < items; ++it, step.next(units)) {
     const int j = step.j, unit = here.first + step.i, h = here.blocks == 1 ? unit : unit / 2, p_first = (unit - h * here.blocks) * P;
@@ -304,24 +348,31 @@ __device__ __forceinline__ void make_tiles(const Arguments& a, GradientShared<Sh
     Angles<Sh> angle;
     float base = 0.f;
     if constexpr (Sh::kTurns) {
-      row.load(bias, biases + (long long)h * R * Sh::N);
       angle.load(
           at<const float>(a.angles) + seq.row * a.a_b + in_row * a.a_s + h * a.a_h, int(a.a_s), at<const float>(a.DT) + token, live);
       if (Angles<Sh>::mine())
         base = at<const float>(a.bases)[((here.span * a.every + j) * a.H + h) * NA + Angles<Sh>::index()];
     }
     if (it >= kStages) wait_at(kEmpty + stage, 384);
-    row.copy(row.tile ? to.k : to.q, rows + start_ * (row.tile ? a.B_s : a.C_s), per_token, per_rank, live);
-    copy_tokens<Sh, 128>(to.x, at<const T>(a.x) + seq.row * a.x_b + in_row * a.x_s + h * a.x_h + p_first, int(a.x_s), live, width);
-    copy_tokens<Sh, 128>(to.dy, at<const T>(a.dy) + seq.row * a.dy_b + in_row * a.dy_s + h * a.dy_h + p_first, int(a.dy_s), live, width);
+    copy_rows<Sh>(to.q, C + start_ * a.C_s, int(a.C_s), int(a.C_r), live);
+    copy_rows<Sh>(to.k, B + start_ * a.B_s, int(a.B_s), int(a.B_r), live);
+    copy_tokens<Sh>(to.x, at<const T>(a.x) + seq.row * a.x_b + in_row * a.x_s + h * a.x_h + p_first, int(a.x_s), live, width);
+    copy_tokens<Sh>(to.dy, at<const T>(a.dy) + seq.row * a.dy_b + in_row * a.dy_s + h * a.dy_h + p_first, int(a.dy_s), live, width);
     if (gated)
-      copy_tokens<Sh, 128>(to.z, at<const T>(a.z) + seq.row * a.z_b + in_row * a.z_s + h * a.z_h + p_first, int(a.z_s), live, width);
+      copy_tokens<Sh>(to.z, at<const T>(a.z) + seq.row * a.z_b + in_row * a.z_s + h * a.z_h + p_first, int(a.z_s), live, width);
     copy_decays<Sh>(to.decays, a, token, live);
     copy_parameters<Sh, 128>(to.parameters, a, h, p_first, width);
+    if constexpr (Sh::kTurns)
+#pragma unroll
+      for (int i = threadIdx.x % 128 * 4; i < R * Sh::N; i += 512) {
+        copy16(&to.bias[0][0][i], at<const float>(a.C_bias) + h * R * Sh::N + i, true);
+        copy16(&to.bias[1][0][i], at<const float>(a.B_bias) + h * R * Sh::N + i, true);
+      }
     commit();
     if constexpr (Sh::kTurns) angle.turn(to.turns, base);
     wait_copies();
     wait_at(kTurning, 128);
+    if constexpr (Sh::kTurns) row.load(bias, to.bias[row.tile][0]);
     row.turn(row.tile ? to.k : to.q, bias, to.turns);
 #pragma unroll
     for (int n = 0; n < (CT * 8 + 127) / 128; ++n) {
@@ -334,7 +385,7 @@ __device__ __forceinline__ void make_tiles(const Arguments& a, GradientShared<Sh
       }
       float d[8], z[8], x[8];
       unpack8<T>(d, raw);
-      unpack8<T>(z, get16(to.z.unit(t, c)));
+      unpack8<T>(z, gated ? get16(to.z.unit(t, c)) : uint4{});
       unpack8<T>(x, get16(to.x.unit(t, c)));
 #pragma unroll
       for (int r = 0; r < R; ++r) {
@@ -350,7 +401,7 @@ __device__ __forceinline__ void make_tiles(const Arguments& a, GradientShared<Sh
           load(more, &to.parameters.phi[r][c]);
 #pragma unroll
           for (int e = 0; e < 8; ++e) v[e] = d[e] * more[e];
-          if (gated) load(more, &to.parameters.zeta[r][c]);
+          load(more, &to.parameters.zeta[r][c]);
 #pragma unroll
           for (int e = 0; e < 8; ++e) gate[e] *= more[e];
         } else {
@@ -358,7 +409,7 @@ __device__ __forceinline__ void make_tiles(const Arguments& a, GradientShared<Sh
           for (int e = 0; e < 8; ++e) v[e] = d[e];
         }
 #pragma unroll
-        for (int e = 0; e < 8; ++e) v[e] *= silu(gate[e], gated);
+        for (int e = 0; e < 8; ++e) v[e] *= silu(gate[e], plain);
         put16(to.dys.unit(r * CT + t, c), pack8<T>(v));
       }
     }
@@ -444,15 +495,14 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
       for (int i = 0; i < EIGHTS; ++i) {
         const float2 L = *reinterpret_cast<const float2*>(&decays.L[i * 8 + col]);
         const float2 weight = kReads ? *reinterpret_cast<const float2*>(&decays.w[i * 8 + col]) : float2{};
-        float decay[4], mix[4];
+        float decay[4], mix[4], same[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const float other = e % 2 ? L.y : L.x;
           const int d = kReads ? mine[e / 2] - i * 8 - col - e % 2 : i * 8 + col + e % 2 - mine[e / 2];  // how much later is read
           const float since = exp_(kReads ? l[e / 2] - other : other - l[e / 2]);
-          decay[e] = d > 0 ? since : 0.f;
-          if constexpr (kReads) decay[e] = d > 0 ? since * (e % 2 ? weight.y : weight.x) : 0.f;
-          mix[e] = d == 0 ? own[e / 2] : kReads ? decay[e] : decay[e] * w[e / 2];
+          decay[e] = d > 0 ? kReads ? since * (e % 2 ? weight.y : weight.x) : since : 0.f, same[e] = d == 0 ? 1.f : 0.f;
+          mix[e] = same[e] * own[e / 2] + (kReads ? decay[e] : decay[e] * w[e / 2]);
         }
 #pragma unroll
         for (int r = 0; r < R; ++r)
@@ -461,7 +511,7 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
             float &x = m[r * EIGHTS + i][e], &dx = dm[r * EIGHTS + i][e];
             const float both = x * dx;
             passed[e / 2] += both * decay[e];
-            if constexpr (kReads) owned[e / 2] += mine[e / 2] == i * 8 + col + e % 2 ? both : 0.f;
+            if constexpr (kReads) owned[e / 2] += both * same[e];
             x *= mix[e], dx *= mix[e];
           }
       }
@@ -478,7 +528,9 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
 #pragma unroll
         for (int e = 0; e < 2; ++e) scores.put(p[e], n * 8 + col, Two::pack(m[n][2 * e], m[n][2 * e + 1]));
 #pragma unroll
-      for (int c = 0; c < 4; ++c) operand<T>(dS[c], dm[2 * c], dm[2 * c + 1]);
+      for (int c = 0; c < 4; ++c) {
+        operand<T>(dS[c], dm[2 * c], dm[2 * c + 1]);
+      }
     }
     }
     s.states.wait(it % 2);
@@ -585,6 +637,7 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
     if constexpr (kReads) {  // the gates
       if (gated || Sh::kRanks) {
         float parts[4 * R] = {};  // of phi [R][2], of zeta / phi
+        const float plain = gated ? 0.f : 1.f;  // without gates z is 0
         float through[R][2], zeta[R][2], both[R][2];  // psi D, zeta, zeta phi
 #pragma unroll
         for (int r = 0; r < R; ++r)
@@ -610,7 +663,7 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
               const float skip = through[r][e / 2], wide = zeta[r][e / 2];
               const float2 of_gate = {dy.x * (o[0] + skip * x.x), dy.y * (o[1] + skip * x.y)};
               const float2 gate = {z.x * wide, z.y * wide}, open = {sigmoid(gate.x), sigmoid(gate.y)};
-              const float2 silu = {gated ? gate.x * open.x : 1.f, gated ? gate.y * open.y : 1.f};
+              const float2 silu = {gate.x * open.x + plain, gate.y * open.y + plain};
               const float2 back = {of_gate.x * (open.x + silu.x - silu.x * open.x), of_gate.y * (open.y + silu.y - silu.y * open.y)};
               if constexpr (Sh::kRanks) {
                 parts[2 * r + e / 2] += of_gate.x * silu.x + of_gate.y * silu.y;
@@ -718,9 +771,12 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
     finish();
     wait_at(kProducts + kSide, 128);  // all are done with the scores, or have stored dx
     if constexpr (Sh::kTurns) {
-      turn_back<Sh>(d, p0, rows, in.turns, turned);
+      float2 back[2][NA / 8];
+      turn_back<Sh>(d, p0, rows, in.turns, back);
+      add_bias<Sh>(
+          d, at<float>(kReads ? a.dC_bias : a.dB_bias) + ((long long)blockIdx.y * U + unit) * (R < 4 ? 4 : R) * N, turned[p0]);
+      put_turned<Sh>(turned, p0, back);
       if constexpr (kReads) arrive_at(kTurned, 256);
-      add_bias<Sh>(d, at<float>(kReads ? a.dC_bias : a.dB_bias) + ((long long)blockIdx.y * U + unit) * (R < 4 ? 4 : R) * N);
     }
 #pragma unroll
     for (int n = 0; n < N / 8; ++n)
@@ -737,9 +793,10 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
           at<float>(a.total) + ((here.span * a.every + j) * U + unit) * NA, sums.by_token, live);
       wait_at(kProducts + kSide, 128);
       if (t < CT && t < live) {
+        constexpr int kAngleWarps = NA / 2 * (256 / NA < CT ? 256 / NA : CT) / 32;
         float of_token = 0.f;
 #pragma unroll
-        for (int n = 0; n < (Angles<Sh>::SEG * NA + 31) / 32; ++n) of_token += sums.by_token[n][t];
+        for (int n = 0; n < kAngleWarps; ++n) of_token += sums.by_token[n][t];
         at<float>(a.ddt_turned)[of_unit + t] = PI * of_token;
       }
     }

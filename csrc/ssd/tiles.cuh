@@ -67,7 +67,7 @@ struct Decays {
   float L[Sh::CT], w[Sh::CT], own[Sh::CT], dt[Sh::CT];  // L past the end is that of the last token
 };
 
-// What one of 128 threads copies and turns of a chunk's rows, of q or of k or of both (TILES): always the same columns of
+// What one of 128 threads turns of a chunk's rows, of q or of k or of both (TILES): always the same columns of
 // one rank, so that it can keep their biases, of ITEMS tokens. Its columns are 8 from each of PIECES; what is turned is the
 // first piece, for MIMO with the second. The eight lanes that access shared memory at a time have units in different banks.
 template <class Sh, int TILES>
@@ -88,19 +88,6 @@ struct Rows {
   }
   __device__ static constexpr int on(int piece) { return piece == 0 ? 0 : piece == 1 ? N / 2 : piece == 2 ? N / 4 : 3 * N / 4; }
 
-  // Starts copying from B or C at the chunk's first token and the group, of which `live` tokens are there.
-  __device__ void copy(Tile<ROWS, N>& to, const typename Sh::T* from, int per_token, int per_rank, int live) const {
-    if (!mine()) return;
-    from += rank * per_rank + first * per_token + column;
-#pragma unroll
-    for (int i = 0; i < ITEMS; ++i) {
-      const int token = first + later(i);
-#pragma unroll
-      for (int piece = 0; piece < PIECES; ++piece)
-        copy16(to.unit(rank * Sh::CT + token, column + on(piece)), from + later(i) * per_token + on(piece), token < live);
-    }
-  }
-
   struct Bias {
     float x[Sh::kTurns ? PIECES : 1][8];
   };
@@ -109,7 +96,7 @@ struct Rows {
     for (int piece = 0; piece < PIECES; ++piece) nam56r::ssd::load(bias.x[piece], of_head + rank * N + column + on(piece));
   }
 
-  // Adds the biases and turns, what this thread copied: no barrier between.
+  // Adds the biases and turns.
   __device__ void turn(Tile<ROWS, N>& tile_, const Bias& bias, const Turns<Sh>& turns) const {
     using T = typename Sh::T;
     constexpr bool kApart_ = Sh::MODEL == kMimo;  // pairs N / 2 apart, or adjacent
@@ -152,26 +139,30 @@ struct Rows {
   }
 };
 
-template <class Sh, int THREADS>
+// Copies by 128 threads, neighbours to neighbours: a line of memory that comes for lanes apart is written once for each.
+
+// Starts copying a chunk's rows of B or C; `from` is at its first token and the group, `live` counts its tokens.
+template <class Sh>
+__device__ __forceinline__ void copy_rows(
+    Tile<ROWS, Sh::N>& to, const typename Sh::T* from, int per_token, int per_rank, int live) {
+  constexpr int kUnits = Sh::N / 8, kPass = 128 / kUnits;  // units of a row, rows at once
+  const int column = threadIdx.x % kUnits * 8, first = threadIdx.x % 128 / kUnits;
+#pragma unroll
+  for (int n = 0; n < ROWS / kPass; ++n) {
+    const int row = n * kPass + first, token = row % Sh::CT;
+    copy16(to.unit(row, column), from + row / Sh::CT * per_rank + token * per_token + column, token < live);
+  }
+}
+
+// The same of x, z or dy.
+template <class Sh>
 __device__ __forceinline__ void copy_tokens(
     Tile<Sh::CT, P>& tile, const typename Sh::T* from, int per_token, int live, int width) {
   constexpr int kUnits = Sh::CT * (P / 8);
 #pragma unroll
-  for (int n = 0; n < (kUnits + THREADS - 1) / THREADS; ++n) {
-    const int i = threadIdx.x % THREADS + n * THREADS, token = i / (P / 8), column = i % (P / 8) * 8;
-    if (kUnits % THREADS == 0 || i < kUnits)
-      copy16(tile.unit(token, column), from + token * per_token + column, token < live && column < width);
-  }
-}
-
-// The same for the 16 columns from p0 on, by one warp.
-template <class Sh>
-__device__ __forceinline__ void copy_columns(
-    Tile<Sh::CT, P>& tile, const typename Sh::T* from, int per_token, int live, int p0, int width) {
-#pragma unroll
-  for (int i = 0; i < Sh::TB; ++i) {
-    const int lane = threadIdx.x % 32, token = i * 16 + lane / 2, column = p0 + lane % 2 * 8;
-    if (Sh::CT >= 16 || token < Sh::CT)
+  for (int n = 0; n < (kUnits + 127) / 128; ++n) {
+    const int i = threadIdx.x % 128 + n * 128, token = i / (P / 8), column = i % (P / 8) * 8;
+    if (kUnits % 128 == 0 || i < kUnits)
       copy16(tile.unit(token, column), from + token * per_token + column, token < live && column < width);
   }
 }
@@ -207,7 +198,7 @@ __device__ __forceinline__ void copy_parameters(
       const long long from = (long long)(head * Sh::R + r) * a.P + first + p;
       copy16(&to.psi[r][p], at<const float>(a.psi) + from, p < width);
       copy16(&to.phi[r][p], at<const float>(a.phi) + from, p < width);
-      if (a.z) copy16(&to.zeta[r][p], at<const float>(a.zeta) + from, p < width);
+      copy16(&to.zeta[r][p], at<const float>(a.zeta) + from, a.z && p < width);
     }
   for (int p = threadIdx.x % THREADS; p < P; p += THREADS) {
     if (a.D)

@@ -19,7 +19,7 @@ struct WalkShared {
   Tile<ROWS, Sh::N> rows[kStages];
   Tile<P, Sh::N> out;
   Tile<Sh::CT, P> x, z;  // or dy, z
-  Decays<Sh> decays[kStages];
+  float L[Sh::CT], w[Sh::CT];
   Turns<Sh> turns;
   Parameters<Sh> parameters;
 };
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
   __syncthreads();
 
   if (threadIdx.x >= 128) {
-    if constexpr (N <= 128) give_registers<88>();
+    if constexpr (N <= 128) give_registers<104>();
     const T* from = back ? at<const T>(a.C) + seq.row * a.C_b + seq.first * a.C_s + g * a.C_g
                          : at<const T>(a.B) + seq.row * a.B_b + seq.first * a.B_s + g * a.B_g;
     const int per_token = int(back ? a.C_s : a.B_s), per_rank = int(back ? a.C_r : a.B_r);
@@ -72,8 +72,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
       if (n < chunks) {
         const int t = chunk_of(n) * CT;
         if (n >= kStages) wait_at(kEmpty + n % kStages, 256);
-        row.copy(s.rows[n % kStages], from + (long long)t * per_token, per_token, per_rank, seq.length - t);
-        copy_decays<Sh>(s.decays[n % kStages], a, tokens + t, seq.length - t);
+        copy_rows<Sh>(s.rows[n % kStages], from + (long long)t * per_token, per_token, per_rank, seq.length - t);
       }
       commit();
     };
@@ -97,13 +96,14 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
       arrive_at(kFull + n % kStages, 256);
     }
   } else {
-    if constexpr (N <= 128) take_registers<168>();
+    if constexpr (N <= 128) take_registers<152>();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, col = lane % 4 * 2;
     const T* x = back ? at<const T>(a.dy) + seq.row * a.dy_b + seq.first * a.dy_s + h * a.dy_h + p_first
                       : at<const T>(a.x) + seq.row * a.x_b + seq.first * a.x_s + h * a.x_h + p_first;
     const int x_s = int(back ? a.dy_s : a.x_s);
     const T* z = at<const T>(a.z) + seq.row * a.z_b + seq.first * a.z_s + h * a.z_h + p_first;
     const bool gated = a.z && back;
+    const float plain = gated ? 0.f : 1.f;
     const int p0 = warp * 16, p[2] = {p0 + row, p0 + row + 8};
     const long long of_unit = (unit * all_p + p_first + p[0]) * N + col;
     float S[N / 8][4] = {};
@@ -131,10 +131,14 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
           }
     }
     const auto parameter = [&](const auto& of, int r, int e) { return Sh::kRanks ? of[r][p[e]] : 1.f; };
-    const auto copy = [&](int n) {  // what only this warp reads
+    const auto copy = [&](int n) {
       const int t = chunk_of(n) * CT, live = seq.length - t;
-      copy_columns<Sh>(s.x, x + (long long)t * x_s, x_s, live, p0, width);
-      if (gated) copy_columns<Sh>(s.z, z + t * a.z_s, int(a.z_s), live, p0, width);
+      copy_tokens<Sh>(s.x, x + (long long)t * x_s, x_s, live, width);
+      if (gated) copy_tokens<Sh>(s.z, z + t * a.z_s, int(a.z_s), live, width);
+      if (const int i = threadIdx.x; i < CT) {
+        copy4(&s.L[i], at<const float>(a.L) + tokens + t + min(i, live - 1), true);
+        copy4(&s.w[i], at<const float>(a.W) + tokens + t + i, i < live);
+      }
       commit();
     };
     char* to = at<char>(back ? a.carried : a.states) + (lies * gridDim.x + blockIdx.x) * int(sizeof(s.out));
@@ -143,10 +147,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
     for (int n = 0; n < chunks; ++n) {
       const int chunk = chunk_of(n);
       const auto& in = s.rows[n % kStages];
-      const auto& decays = s.decays[n % kStages];
       // the state as it is leaves: the warp's 16 rows
-      if (lane < s.out.kParts) wait_bulk_read();
-      __syncwarp();
 #pragma unroll
       for (int k = 0; k < N / 16; ++k) {
         const unsigned four[4] = {
@@ -154,16 +155,15 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
             Two::pack(S[2 * k + 1][0], S[2 * k + 1][1]), Two::pack(S[2 * k + 1][2], S[2 * k + 1][3])};
         s.out.put_rows(four, p0, k * 16);
       }
-      publish();
-      __syncwarp();
-      if (lane < s.out.kParts)
-        store_bulk(to + (long long)chunk * gridDim.x * int(sizeof(s.out)) + (lane * P + p0) * 128, &s.out.x[lane][p0], 16 * 128);
-
-      wait_at(kFull + n % kStages, 256);
       wait_copies();
-      __syncwarp();
+      wait_at(kProducts, 128);
+#pragma unroll
+      for (int i = 0; i < s.out.kParts * 4; ++i) {
+        const int on = (i / 4 * P + p0) * 128 + (i % 4 * 32 + lane) * 16;
+        put16(to + (long long)chunk * gridDim.x * int(sizeof(s.out)) + on, get16(reinterpret_cast<const char*>(s.out.x) + on));
+      }
       unsigned weighed[4][4];
-      const float end = decays.L[CT - 1];
+      const float end = s.L[CT - 1];
 #pragma unroll
       for (int tb = 0; tb < TB; ++tb) {
         unsigned xs[4], zs[4] = {};
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int t = (tb * 16 + e / 2 * 8) % CT + col + e % 2;
-          factor[e] = back ? exp_(decays.L[t]) : exp_(end - decays.L[t]) * decays.w[t];
+          factor[e] = back ? exp_(s.L[t]) : exp_(end - s.L[t]) * s.w[t];
         }
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
             float2 scale;
             if (back) {
               const float phi = parameter(s.parameters.phi, r, e / 2), zeta = parameter(s.parameters.zeta, r, e / 2);
-              scale = {phi * silu(zt.x * zeta, gated), phi * silu(zt.y * zeta, gated)};
+              scale = {phi * silu(zt.x * zeta, plain), phi * silu(zt.y * zeta, plain)};
             } else {
               const float psi = parameter(s.parameters.psi, r, e / 2);
               scale = {psi, psi};
@@ -193,13 +193,14 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
           }
         }
       }
-      __syncwarp();
+      wait_at(kProducts, 128);  // all have read x
       if (n + 1 < chunks) copy(n + 1);
       const float decay = exp_(end);
 #pragma unroll
       for (int j = 0; j < N / 8; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) S[j][e] *= decay;
+      wait_at(kFull + n % kStages, 256);
       constexpr int kWide = N < 128 ? N : 128;
       start();
 #pragma unroll
@@ -218,7 +219,6 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
         for (int e = 0; e < 2; ++e)
           if (p[e] < width)
             *reinterpret_cast<float2*>(at<float>(a.dstate) + of_unit + 8 * e * N + 8 * j) = {S[j][2 * e], S[j][2 * e + 1]};
-    if (lane < s.out.kParts) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   }
 }
 
