@@ -45,12 +45,13 @@ struct GradientShared {
     __device__ X& as() { return *reinterpret_cast<X*>(bytes); }
   };
   struct Sums {  // over columns of P or rows, of each warp
-    float states[2][4][Sh::CT], pairs[ROWS], own[ROWS], later[ROWS], energy[4], by_token[4][Sh::CT];
+    float states[2][4][Sh::CT], passed[2][ROWS], own[ROWS], energy[4];
   };
   Stage stage[kStages];
   Tile<P, Sh::N> S, G;
   Scratch scratch[2];
   Sums sums[kStages];
+  float by_token[4][Sh::CT];
   Arrival states;
   int done;
 };
@@ -247,7 +248,8 @@ __device__ __forceinline__ void angle_gradients(
   constexpr int kAll = 256 / Sh::NA, PARTS = kAll < Sh::CT ? kAll : Sh::CT, LONG = Sh::CT / PARTS;
   const int part = threadIdx.x % PARTS, index = threadIdx.x % 128 / PARTS * 2;
   if (kAll != PARTS && index >= Sh::NA) {
-    arrive_at(kRead, 256);
+    wait_at(kTurned, 384);
+    arrive_at(kRead, 384);
     return;
   }
   float2 c[LONG], bend[LONG];
@@ -255,6 +257,7 @@ __device__ __forceinline__ void angle_gradients(
 #pragma unroll
   for (int i = 0; i < LONG; ++i)
     bend[i] = part * LONG + i < live ? float2{bends[i * per_token], bends[i * per_token + 1]} : float2{};
+  wait_at(kTurned, 384);
 #pragma unroll
   for (int i = LONG - 1; i >= 0; --i) {
     c[i] = i + 1 < LONG ? c[i + 1] : float2{};
@@ -265,7 +268,7 @@ __device__ __forceinline__ void angle_gradients(
       c[i].x += f.x + g.x, c[i].y += f.y + g.y;
     }
   }
-  arrive_at(kRead, 256);
+  arrive_at(kRead, 384);
   float2 after = c[0];
 #pragma unroll
   for (int d = 1; d < PARTS; d *= 2) {
@@ -338,12 +341,37 @@ __device__ __forceinline__ void make_tiles(const Arguments& a, GradientShared<Sh
   const Row row;
   const T* B = at<const T>(a.B) + seq.row * a.B_b + seq.first * a.B_s + here.group * a.B_g;
   const T* C = at<const T>(a.C) + seq.row * a.C_b + seq.first * a.C_s + here.group * a.C_g;
-  Step step;
-  for (int it = 0; it < items; ++it, step.next(units)) {
-    const int j = step.j, unit = here.first + step.i, h = here.blocks == 1 ? unit : unit / 2, p_first = (unit - h * here.blocks) * P;
-    const int start_ = (here.chunk + j) * CT, live = seq.length - start_, stage = it % kStages;
-    const long long token = h * a.tokens + seq.token + start_, in_row = seq.first + start_;
+  Step step, behind;
+  for (int it = 0; it < items + (Sh::kTurns ? kStages : 0); ++it) {
+    const int stage = it % kStages;
     auto& to = s.stage[stage];
+    if constexpr (Sh::kTurns)
+      if (it >= kStages) {  // the angles' gradients of the head that had the stage
+        const int unit = here.first + behind.i, h = here.blocks == 1 ? unit : unit / 2, start_ = (here.chunk + behind.j) * CT;
+        const int live = seq.length - start_, t = int(threadIdx.x) % 128;
+        const long long token = seq.token + start_;
+        const bool each = a.angle_heads > 1;
+        const long long place = each ? unit * a.tokens + token : (here.group * a.splits + here.split) * a.tokens + token;
+        angle_gradients<Sh>(
+            s.scratch[0].template as<typename GradientShared<Sh>::Turned>(), s.scratch[1].template as<typename GradientShared<Sh>::Turned>(),
+            at<const float>(a.angles) + seq.row * a.a_b + (seq.first + start_) * a.a_s + h * a.a_h, int(a.a_s), to.decays,
+            at<float>(a.dangle_sum) + place * NA, each || behind.i == 0,
+            at<float>(a.total) + ((here.span * a.every + behind.j) * a.H * here.blocks + unit) * NA, s.by_token, live);
+        wait_at(kTurning, 128);
+        if (t < CT && t < live) {
+          constexpr int kWarps = NA / 2 * (256 / NA < CT ? 256 / NA : CT) / 32;
+          float of_token = 0.f;
+#pragma unroll
+          for (int n = 0; n < kWarps; ++n) of_token += s.by_token[n][t];
+          at<float>(a.ddt_turned)[unit * a.tokens + token + t] = PI * of_token;
+        }
+        behind.next(units);
+        if (it >= items) continue;
+      }
+    const int j = step.j, unit = here.first + step.i, h = here.blocks == 1 ? unit : unit / 2, p_first = (unit - h * here.blocks) * P;
+    const int start_ = (here.chunk + j) * CT, live = seq.length - start_;
+    const long long token = h * a.tokens + seq.token + start_, in_row = seq.first + start_;
+    step.next(units);
     typename Row::Bias bias;
     Angles<Sh> angle;
     float base = 0.f;
@@ -418,30 +446,32 @@ __device__ __forceinline__ void make_tiles(const Arguments& a, GradientShared<Sh
   }
 }
 
-// One of the two that multiply: what reads, or what writes.
-template <class Sh, bool kReads>
-__device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>& s, const Place& here) {
+// One of the two that multiply: what reads, or what writes. Both are the same code, so that it is fetched once.
+template <class Sh>
+__device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>& s, const Place& here, const bool reads) {
   using T = typename Sh::T;
   using Two = Pair<T>;
   using Shared = GradientShared<Sh>;
   constexpr int CT = Sh::CT, R = Sh::R, TB = Sh::TB, N = Sh::N, NA = Sh::NA, EIGHTS = Sh::EIGHTS;
-  constexpr int kStages = Shared::kStages, kSide = kReads ? 0 : 1, kWide = N < 128 ? N : 128;
+  constexpr int kStages = Shared::kStages, kWide = N < 128 ? N : 128;
+  const int side = reads ? 0 : 1;
+  const float sign = reads ? 1.f : -1.f;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row = lane / 4, col = lane % 4 * 2;
   const int p0 = warp * 16, p[2] = {p0 + row, p0 + row + 8};
   const Sequence& seq = here.seq;
   const int units = int(a.units), items = here.chunks * units, all_p = int(a.P), width = min(P, all_p), H = int(a.H), U = H * here.blocks;
   const bool gated = a.z;
-  auto& scratch = s.scratch[kSide];
+  auto& scratch = s.scratch[side];
   auto& scores = scratch.template as<Tile<ROWS, ROWS>>();
   auto& turned = scratch.template as<typename Shared::Turned>();
-  const auto& state = kReads ? s.S : s.G;
+  const auto& state = reads ? s.S : s.G;
   const auto fetch = [&](const Step& step) {
     const long long from = ((long long)(blockIdx.y * int(a.every) + step.j) * U + here.first + step.i) * int(sizeof(s.S));
     s.states.expect(2 * sizeof(s.S));
     s.states.copy(&s.S, at<const char>(a.states) + from, sizeof(s.S));
     s.states.copy(&s.G, at<const char>(a.carried) + from, sizeof(s.G));
   };
-  if (kReads && threadIdx.x % 128 == 0) fetch({});
+  if (threadIdx.x == 0) fetch({});
 
   float sum[N / 8][4];  // of C's or B's gradient
   Step step;
@@ -454,9 +484,8 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
     auto& in = s.stage[stage];
     auto& sums = s.sums[stage];
     const auto& decays = in.decays;
-    const auto &rows = kReads ? in.q : in.k, &others = kReads ? in.k : in.q;
-    const auto& rows_p = [&]() -> const auto& { if constexpr (kReads) return in.dys; else return in.v(); }();
-    const auto& others_p = [&]() -> const auto& { if constexpr (kReads) return in.v(); else return in.dys; }();
+    const auto &rows = reads ? in.q : in.k, &others = reads ? in.k : in.q;
+    const Tile<ROWS, P> &rows_p = reads ? in.dys : in.v(), &others_p = reads ? in.v() : in.dys;
     const auto parameter = [&](const auto& of, int r, int e) { return Sh::kRanks ? of[r][p[e]] : 1.f; };
     if (first_unit)
 #pragma unroll
@@ -481,28 +510,28 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
       k ? Product<T, ROWS>::template shared<kAcross>(dm, rows_p.descriptor(0, k * 16), others_p.descriptor(0, k * 16))
         : Product<T, ROWS>::template shared<kAcross, 0>(dm, rows_p.descriptor(0, 0), others_p.descriptor(0, 0));
     finish();
-    if (kReads && Sh::kTurns && it) wait_at(kRead, 256);  // what was turned back for the head before
+    if (Sh::kTurns && it) wait_at(kRead, 384);  // what was turned back for the head before
 
     // scores and dm through the decays, by rows
-    const float l[2] = {decays.L[mine[0]], decays.L[mine[1]]};
     {
-      const float w[2] = {decays.w[mine[0]], decays.w[mine[1]]};
+      const float l[2] = {decays.L[mine[0]], decays.L[mine[1]]};
+      const float w[2] = {reads ? 1.f : decays.w[mine[0]], reads ? 1.f : decays.w[mine[1]]};
       const float own[2] = {own_weight(decays, mine[0]), own_weight(decays, mine[1])};
 #pragma unroll
-      for (int e = 0; e < 2; ++e) scale[e] = kReads ? exp_(l[e]) : exp_(end - l[e]) * w[e];
-      float passed[2] = {}, owned[2] = {};  // pairs or later; own
+      for (int e = 0; e < 2; ++e) scale[e] = exp_(reads ? l[e] : end - l[e]) * w[e];
+      float passed[2] = {}, owned[2] = {};  // what pairs have of L's gradient, or w's; own's
 #pragma unroll
       for (int i = 0; i < EIGHTS; ++i) {
         const float2 L = *reinterpret_cast<const float2*>(&decays.L[i * 8 + col]);
-        const float2 weight = kReads ? *reinterpret_cast<const float2*>(&decays.w[i * 8 + col]) : float2{};
+        float2 weight = *reinterpret_cast<const float2*>(&decays.w[i * 8 + col]);
+        if (!reads) weight = {1.f, 1.f};
         float decay[4], mix[4], same[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const float other = e % 2 ? L.y : L.x;
-          const int d = kReads ? mine[e / 2] - i * 8 - col - e % 2 : i * 8 + col + e % 2 - mine[e / 2];  // how much later is read
-          const float since = exp_(kReads ? l[e / 2] - other : other - l[e / 2]);
-          decay[e] = d > 0 ? kReads ? since * (e % 2 ? weight.y : weight.x) : since : 0.f, same[e] = d == 0 ? 1.f : 0.f;
-          mix[e] = same[e] * own[e / 2] + (kReads ? decay[e] : decay[e] * w[e / 2]);
+          const int d = mine[e / 2] - i * 8 - col - e % 2;
+          const float since = exp_((l[e / 2] - (e % 2 ? L.y : L.x)) * sign) * (e % 2 ? weight.y : weight.x);
+          decay[e] = (reads ? d : -d) > 0 ? since : 0.f, same[e] = d == 0 ? 1.f : 0.f;
+          mix[e] = same[e] * own[e / 2] + decay[e] * w[e / 2];
         }
 #pragma unroll
         for (int r = 0; r < R; ++r)
@@ -510,17 +539,16 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
           for (int e = 0; e < 4; ++e) {
             float &x = m[r * EIGHTS + i][e], &dx = dm[r * EIGHTS + i][e];
             const float both = x * dx;
-            passed[e / 2] += both * decay[e];
-            if constexpr (kReads) owned[e / 2] += both * same[e];
+            passed[e / 2] += both * decay[e], owned[e / 2] += both * same[e];
             x *= mix[e], dx *= mix[e];
           }
       }
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float of_row = over_quad(passed[e]), of_own = kReads ? over_quad(owned[e]) : 0.f;
+        const float of_row = over_quad(passed[e]), of_own = over_quad(owned[e]);
         if (lane % 4 == 0) {
-          if constexpr (kReads) sums.pairs[p[e]] = of_row, sums.own[p[e]] = of_own;
-          else sums.later[p[e]] = of_row;
+          sums.passed[side][p[e]] = of_row;
+          if (reads) sums.own[p[e]] = of_own;
         }
       }
 #pragma unroll
@@ -528,13 +556,11 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
 #pragma unroll
         for (int e = 0; e < 2; ++e) scores.put(p[e], n * 8 + col, Two::pack(m[n][2 * e], m[n][2 * e + 1]));
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        operand<T>(dS[c], dm[2 * c], dm[2 * c + 1]);
-      }
+      for (int c = 0; c < 4; ++c) operand<T>(dS[c], dm[2 * c], dm[2 * c + 1]);
     }
     }
     s.states.wait(it % 2);
-    if constexpr (!kReads) {  // <S, G>, the diagonal of a product
+    if (!reads) {  // <S, G>, the diagonal of a product
       float both[P / 8][4], energy = 0.f;
       start();
 #pragma unroll
@@ -560,15 +586,13 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
     finish();
     // y and dv of the states, by columns; what tokens read of S, write to G
     {
-      float through[EIGHTS * 2] = {}, factor[EIGHTS * 2], weight[kReads ? 1 : EIGHTS * 2];
+      float through[EIGHTS * 2] = {}, factor[EIGHTS * 2], weight[EIGHTS * 2];
 #pragma unroll
       for (int i = 0; i < EIGHTS; ++i) {
         const float2 L = *reinterpret_cast<const float2*>(&decays.L[i * 8 + col]);
-        factor[2 * i] = exp_(kReads ? L.x : end - L.x), factor[2 * i + 1] = exp_(kReads ? L.y : end - L.y);
-        if constexpr (!kReads) {
-          const float2 w = *reinterpret_cast<const float2*>(&decays.w[i * 8 + col]);
-          weight[2 * i] = w.x, weight[2 * i + 1] = w.y;
-        }
+        const float2 w = *reinterpret_cast<const float2*>(&decays.w[i * 8 + col]);
+        factor[2 * i] = exp_(reads ? L.x : end - L.x), factor[2 * i + 1] = exp_(reads ? L.y : end - L.y);
+        weight[2 * i] = factor[2 * i] * (reads ? 1.f : w.x), weight[2 * i + 1] = factor[2 * i + 1] * (reads ? 1.f : w.y);
       }
 #pragma unroll
       for (int b = 0; b < 4; ++b) {
@@ -579,11 +603,12 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
           const float2 f = Two::unpack(from[e]);
           float* o = &y[2 * b + e % 2][e / 2 * 2];
           const int i = (2 * b + e % 2) % EIGHTS * 2;
-          o[0] *= factor[i], o[1] *= factor[i + 1];
           through[i] += f.x * o[0], through[i + 1] += f.y * o[1];
-          if constexpr (!kReads) o[0] *= weight[i], o[1] *= weight[i + 1];
+          o[0] *= weight[i], o[1] *= weight[i + 1];
         }
       }
+#pragma unroll
+      for (int i = 0; i < EIGHTS * 2; ++i) through[i] *= factor[i];
       constexpr int kFold = EIGHTS * 2 < 8 ? EIGHTS * 2 : 8;
 #pragma unroll
       for (int from = 0; from < EIGHTS * 2; from += kFold) {
@@ -592,11 +617,11 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
         for (int i = 0; i < kFold; ++i) part[i] = through[from + i];
         const float all = fold(part);
         const int i = from + folded<kFold>();
-        if (row % (8 / kFold) == 0) sums.states[kSide][warp][i / 2 * 8 + col + i % 2] = all;
+        if (row % (8 / kFold) == 0) sums.states[side][warp][i / 2 * 8 + col + i % 2] = all;
       }
     }
     publish();
-    wait_at(kProducts + kSide, 128);
+    wait_at(kProducts + side, 128);
 
     {
       unsigned left[4][4];
@@ -613,14 +638,14 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
     }
     const int t = int(threadIdx.x) % 128;
     if (t < CT && t < live) {
-      const float through = sums.states[kSide][0][t] + sums.states[kSide][1][t] + sums.states[kSide][2][t] + sums.states[kSide][3][t];
+      const float through = sums.states[side][0][t] + sums.states[side][1][t] + sums.states[side][2][t] + sums.states[side][3][t];
       float rows_[2] = {};
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        rows_[0] += kReads ? sums.pairs[r * CT + t] : sums.later[r * CT + t];
-        if constexpr (kReads) rows_[1] += sums.own[r * CT + t];
+        rows_[0] += sums.passed[side][r * CT + t];
+        if (reads) rows_[1] += sums.own[r * CT + t];
       }
-      if constexpr (kReads) {
+      if (reads) {
         at<float>(a.READ)[of_unit + t] = through;
         at<float>(a.PAIRS)[of_unit + t] = rows_[0];
         at<float>(a.DOWN)[of_unit + t] = rows_[1];
@@ -634,7 +659,7 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
     }
     const long long of_tokens = ((seq.row * a.S + in_row) * H + h) * all_p + p_first;
     const long long of_ranks = ((long long)blockIdx.y * H + h) * R * all_p + p_first;
-    if constexpr (kReads) {  // the gates
+    if (reads) {  // the gates
       if (gated || Sh::kRanks) {
         float parts[4 * R] = {};  // of phi [R][2], of zeta / phi
         const float plain = gated ? 0.f : 1.f;  // without gates z is 0
@@ -698,7 +723,7 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
       constexpr int kParts = (2 * R + 2 + 3) / 4 * 4;
       float parts[kParts] = {};  // of psi [R][2], of D [2]
       auto& out = scratch.template as<Tile<CT, P>>();
-      wait_at(kProducts + kSide, 128);  // all are done with the scores
+      wait_at(kProducts + side, 128);  // all are done with the scores
 #pragma unroll
       for (int tb = 0; tb < TB; ++tb) {
         unsigned xs[4], packed[4];
@@ -769,44 +794,26 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
         Product<T, kWide>::template held<kAlong>(
             reinterpret_cast<float(&)[kWide / 8][4]>(d[n / 8]), dS[c], others.descriptor(c * 16, n));
     finish();
-    wait_at(kProducts + kSide, 128);  // all are done with the scores, or have stored dx
+    wait_at(kProducts + side, 128);  // all are done with the scores, or have stored dx
     if constexpr (Sh::kTurns) {
       float2 back[2][NA / 8];
       turn_back<Sh>(d, p0, rows, in.turns, back);
       add_bias<Sh>(
-          d, at<float>(kReads ? a.dC_bias : a.dB_bias) + ((long long)blockIdx.y * U + unit) * (R < 4 ? 4 : R) * N, turned[p0]);
+          d, at<float>(reads ? a.dC_bias : a.dB_bias) + ((long long)blockIdx.y * U + unit) * (R < 4 ? 4 : R) * N, turned[p0]);
       put_turned<Sh>(turned, p0, back);
-      if constexpr (kReads) arrive_at(kTurned, 256);
+      arrive_at(kTurned, 384);
     }
 #pragma unroll
     for (int n = 0; n < N / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) sum[n][e] += d[n][e];
-    if constexpr (Sh::kTurns && !kReads) {
-      wait_at(kTurned, 256);
-      const bool each = a.angle_heads > 1;
-      const long long place = each ? of_unit : (here.group * a.splits + here.split) * a.tokens + token;
-      angle_gradients<Sh>(
-          s.scratch[0].template as<typename Shared::Turned>(), turned,
-          at<const float>(a.angles) + seq.row * a.a_b + in_row * a.a_s + h * a.a_h, int(a.a_s), decays,
-          at<float>(a.dangle_sum) + place * NA, each || first_unit,
-          at<float>(a.total) + ((here.span * a.every + j) * U + unit) * NA, sums.by_token, live);
-      wait_at(kProducts + kSide, 128);
-      if (t < CT && t < live) {
-        constexpr int kAngleWarps = NA / 2 * (256 / NA < CT ? 256 / NA : CT) / 32;
-        float of_token = 0.f;
-#pragma unroll
-        for (int n = 0; n < kAngleWarps; ++n) of_token += sums.by_token[n][t];
-        at<float>(a.ddt_turned)[of_unit + t] = PI * of_token;
-      }
-    }
     arrive_at(kEmpty + stage, 384);
     if (last_unit) {
       const long long at_B = here.split * a.dB_split + seq.row * a.dB_b + in_row * a.dB_s + here.group * a.dB_g;
       const long long at_C = here.split * a.dC_split + seq.row * a.dC_b + in_row * a.dC_s + here.group * a.dC_g;
       store_rows<Sh>(
-          sum, at<char>(kReads ? a.dC : a.dB) + (a.splits > 1 ? 4 : 2) * (kReads ? at_C : at_B), a.splits == 1,
-          int(kReads ? a.dC_s : a.dB_s), int(kReads ? a.dC_r : a.dB_r), p0, live);
+          sum, at<char>(reads ? a.dC : a.dB) + (a.splits > 1 ? 4 : 2) * (reads ? at_C : at_B), a.splits == 1,
+          int(reads ? a.dC_s : a.dB_s), int(reads ? a.dC_r : a.dB_r), p0, live);
     }
   }
 }
@@ -821,12 +828,9 @@ __global__ void __launch_bounds__(384, 1) gradient(const __grid_constant__ Argum
   if (threadIdx.x == 0) s.states.make(), s.done = 0;
   publish();
   __syncthreads();
-  if (threadIdx.x < 128) {
+  if (threadIdx.x < 256) {
     take_registers<208>();
-    multiply<Sh, true>(a, s, here);
-  } else if (threadIdx.x < 256) {
-    take_registers<208>();
-    multiply<Sh, false>(a, s, here);
+    multiply<Sh>(a, s, here, threadIdx.x < 128);
   } else {
     give_registers<88>();
     make_tiles<Sh>(a, s, here);
