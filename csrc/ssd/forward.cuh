@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
       }
       wait_copies();
       wait_at(kTurning, 128);
-      row.turn(tile, bias, s.turns);
+      row.turn(tile, tile, bias, s.turns);
       publish();
       arrive_at(kFull + chunk % kStages, 256);
     }

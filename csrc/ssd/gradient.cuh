@@ -37,6 +37,7 @@ struct GradientShared {
     }
   };
   static constexpr int kStages = Sh::N > 128 ? 1 : 2;
+  static constexpr bool kKept = Sh::R >= 4 && Sh::N <= 128;  // B and C of the chunk, for all heads
   using Turned = float[ROWS][Sh::NA + 4];
   struct alignas(1024) Scratch {
     char bytes[sizeof(Turned) > 8192 ? sizeof(Turned) : 8192];
@@ -48,6 +49,7 @@ struct GradientShared {
     float states[2][4][Sh::CT], passed[2][ROWS], own[ROWS], energy[4];
   };
   Stage stage[kStages];
+  Tile<kKept ? ROWS : 8, Sh::N> C, B;
   Tile<P, Sh::N> S, G;
   Scratch scratch[2];
   Sums sums[kStages];
@@ -215,20 +217,22 @@ __device__ __forceinline__ void add_bias(const float (&d)[Sh::N / 8][4], float* 
             kRows == 2 ? float2{from[2 * r], from[2 * r + 1]} : float2{from[0] + from[2], from[1] + from[3]};
       }
       __syncwarp();
-      float sum[EACH] = {};
-      if (WIDE >= 32 || lane < WIDE)
+      float part[8][EACH], sum[EACH];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float* from = &room[i * AT + lane * EACH];
-          if constexpr (EACH == 1)
-            sum[0] += *from;
-          else
+      for (int i = 0; i < 8; ++i) {
+        const float* from = &room[i * AT + (WIDE >= 32 ? lane : lane % WIDE) * EACH];
+        if constexpr (EACH == 1)
+          part[i][0] = *from;
+        else
 #pragma unroll
-            for (int e = 0; e < EACH; e += 2) {
-              const float2 two = *reinterpret_cast<const float2*>(from + e);
-              sum[e] += two.x, sum[e + 1] += two.y;
-            }
-        }
+          for (int e = 0; e < EACH; e += 2) {
+            const float2 two = *reinterpret_cast<const float2*>(from + e);
+            part[i][e] = two.x, part[i][e + 1] = two.y;
+          }
+      }
+#pragma unroll
+      for (int e = 0; e < EACH; ++e)
+        sum[e] = ((part[0][e] + part[1][e]) + (part[2][e] + part[3][e])) + ((part[4][e] + part[5][e]) + (part[6][e] + part[7][e]));
       float* to = of_unit + (warp * kRows + r) * Sh::N + n + lane * EACH;
       if constexpr (EACH == 1)
         add(to, sum[0], WIDE >= 32 || lane < WIDE);
@@ -260,13 +264,15 @@ __device__ __forceinline__ void angle_gradients(
   wait_at(kTurned, 384);
 #pragma unroll
   for (int i = LONG - 1; i >= 0; --i) {
-    c[i] = i + 1 < LONG ? c[i + 1] : float2{};
+    float2 of_q[Sh::R], of_k[Sh::R];
 #pragma unroll
     for (int r = 0; r < Sh::R; ++r) {
       const int row = r * Sh::CT + part * LONG + i;
-      const float2 f = *reinterpret_cast<const float2*>(&q[row][index]), g = *reinterpret_cast<const float2*>(&k[row][index]);
-      c[i].x += f.x + g.x, c[i].y += f.y + g.y;
+      of_q[r] = *reinterpret_cast<const float2*>(&q[row][index]), of_k[r] = *reinterpret_cast<const float2*>(&k[row][index]);
     }
+    c[i] = i + 1 < LONG ? c[i + 1] : float2{};
+#pragma unroll
+    for (int r = 0; r < Sh::R; ++r) c[i].x += of_q[r].x + of_k[r].x, c[i].y += of_q[r].y + of_k[r].y;
   }
   arrive_at(kRead, 384);
   float2 after = c[0];
@@ -334,6 +340,7 @@ __device__ __forceinline__ void make_tiles(const Arguments& a, GradientShared<Sh
   using T = typename Sh::T;
   using Row = Rows<Sh, 2>;
   constexpr int CT = Sh::CT, R = Sh::R, NA = Sh::NA, kStages = GradientShared<Sh>::kStages;
+  constexpr bool kKept = GradientShared<Sh>::kKept;
   const Sequence& seq = here.seq;
   const int units = int(a.units), items = here.chunks * units, width = min(P, int(a.P));
   const bool gated = a.z;
@@ -371,6 +378,7 @@ __device__ __forceinline__ void make_tiles(const Arguments& a, GradientShared<Sh
     const int j = step.j, unit = here.first + step.i, h = here.blocks == 1 ? unit : unit / 2, p_first = (unit - h * here.blocks) * P;
     const int start_ = (here.chunk + j) * CT, live = seq.length - start_;
     const long long token = h * a.tokens + seq.token + start_, in_row = seq.first + start_;
+    const bool first_unit = step.i == 0;
     step.next(units);
     typename Row::Bias bias;
     Angles<Sh> angle;
@@ -382,8 +390,14 @@ __device__ __forceinline__ void make_tiles(const Arguments& a, GradientShared<Sh
         base = at<const float>(a.bases)[((here.span * a.every + j) * a.H + h) * NA + Angles<Sh>::index()];
     }
     if (it >= kStages) wait_at(kEmpty + stage, 384);
-    copy_rows<Sh>(to.q, C + start_ * a.C_s, int(a.C_s), int(a.C_r), live);
-    copy_rows<Sh>(to.k, B + start_ * a.B_s, int(a.B_s), int(a.B_r), live);
+    if constexpr (!kKept) {
+      copy_rows<Sh>(to.q, C + start_ * a.C_s, int(a.C_s), int(a.C_r), live);
+      copy_rows<Sh>(to.k, B + start_ * a.B_s, int(a.B_s), int(a.B_r), live);
+    } else if (first_unit) {
+      wait_at(kTurning, 128);  // the chunk before is turned
+      copy_rows<Sh>(s.C, C + start_ * a.C_s, int(a.C_s), int(a.C_r), live);
+      copy_rows<Sh>(s.B, B + start_ * a.B_s, int(a.B_s), int(a.B_r), live);
+    }
     copy_tokens<Sh>(to.x, at<const T>(a.x) + seq.row * a.x_b + in_row * a.x_s + h * a.x_h + p_first, int(a.x_s), live, width);
     copy_tokens<Sh>(to.dy, at<const T>(a.dy) + seq.row * a.dy_b + in_row * a.dy_s + h * a.dy_h + p_first, int(a.dy_s), live, width);
     if (gated)
@@ -401,7 +415,11 @@ __device__ __forceinline__ void make_tiles(const Arguments& a, GradientShared<Sh
     wait_copies();
     wait_at(kTurning, 128);
     if constexpr (Sh::kTurns) row.load(bias, to.bias[row.tile][0]);
-    row.turn(row.tile ? to.k : to.q, bias, to.turns);
+    auto& turned = row.tile ? to.k : to.q;
+    if constexpr (kKept)
+      row.turn(turned, row.tile ? s.B : s.C, bias, to.turns);
+    else
+      row.turn(turned, turned, bias, to.turns);
 #pragma unroll
     for (int n = 0; n < (CT * 8 + 127) / 128; ++n) {
       const int i = threadIdx.x % 128 + n * 128, t = i / 8, c = i % 8 * 8;
@@ -421,17 +439,13 @@ __device__ __forceinline__ void make_tiles(const Arguments& a, GradientShared<Sh
 #pragma unroll
         for (int e = 0; e < 8; ++e) gate[e] = z[e];
         if constexpr (Sh::kRanks) {
-          float more[8];
-          load(more, &to.parameters.psi[r][c]);
+          float psi[8], phi[8], zeta[8];
+          load(zeta, &to.parameters.zeta[r][c]), load(psi, &to.parameters.psi[r][c]), load(phi, &to.parameters.phi[r][c]);
 #pragma unroll
-          for (int e = 0; e < 8; ++e) v[e] = x[e] * more[e];
+          for (int e = 0; e < 8; ++e) v[e] = x[e] * psi[e];
           put16(to.scaled.unit(r * CT + t, c), pack8<T>(v));
-          load(more, &to.parameters.phi[r][c]);
 #pragma unroll
-          for (int e = 0; e < 8; ++e) v[e] = d[e] * more[e];
-          load(more, &to.parameters.zeta[r][c]);
-#pragma unroll
-          for (int e = 0; e < 8; ++e) gate[e] *= more[e];
+          for (int e = 0; e < 8; ++e) v[e] = d[e] * phi[e], gate[e] *= zeta[e];
         } else {
 #pragma unroll
           for (int e = 0; e < 8; ++e) v[e] = d[e];
@@ -830,7 +844,7 @@ __global__ void __launch_bounds__(384, 1) gradient(const __grid_constant__ Argum
   __syncthreads();
   if (threadIdx.x < 256) {
     take_registers<208>();
-    multiply<Sh>(a, s, here, threadIdx.x < 128);
+    multiply<Sh>(a, s, here, __shfl_sync(~0u, threadIdx.x / 128, 0) == 0);  // known to be one for the warp
   } else {
     give_registers<88>();
     make_tiles<Sh>(a, s, here);

@@ -96,8 +96,8 @@ struct Rows {
     for (int piece = 0; piece < PIECES; ++piece) nam56r::ssd::load(bias.x[piece], of_head + rank * N + column + on(piece));
   }
 
-  // Adds the biases and turns.
-  __device__ void turn(Tile<ROWS, N>& tile_, const Bias& bias, const Turns<Sh>& turns) const {
+  // Adds the biases and turns, from one tile to another or in place.
+  __device__ void turn(Tile<ROWS, N>& to, const Tile<ROWS, N>& from, const Bias& bias, const Turns<Sh>& turns) const {
     using T = typename Sh::T;
     constexpr bool kApart_ = Sh::MODEL == kMimo;  // pairs N / 2 apart, or adjacent
     constexpr int kAngles = kApart_ ? 8 : 4;
@@ -110,12 +110,12 @@ struct Rows {
 #pragma unroll
           for (int n = 0; n < kAngles / 4; ++n) turn[n] = get16(&turns.x[token][column * kAngles / 8 + n * 4]);
 #pragma unroll
-          for (int piece = 0; piece < PIECES; ++piece) raw[piece] = get16(tile_.unit(row, column + on(piece)));
+          for (int piece = 0; piece < PIECES; ++piece) raw[piece] = get16(from.unit(row, column + on(piece)));
           float x[2][8];
-          const auto biased = [&](float (&to)[8], int piece) {
-            unpack8<T>(to, raw[piece]);
+          const auto biased = [&](float (&x)[8], int piece) {
+            unpack8<T>(x, raw[piece]);
 #pragma unroll
-            for (int e = 0; e < 8; ++e) to[e] += bias.x[piece][e];
+            for (int e = 0; e < 8; ++e) x[e] += bias.x[piece][e];
           };
           biased(x[0], 0);
           if constexpr (kApart_) biased(x[1], 1);
@@ -128,12 +128,12 @@ struct Rows {
             const float turned = a * f.x - b * f.y;
             b = a * f.y + b * f.x, a = turned;
           }
-          put16(tile_.unit(row, column), pack8<T>(x[0]));
-          if constexpr (kApart_) put16(tile_.unit(row, column + on(1)), pack8<T>(x[1]));
+          put16(to.unit(row, column), pack8<T>(x[0]));
+          if constexpr (kApart_) put16(to.unit(row, column + on(1)), pack8<T>(x[1]));
 #pragma unroll
           for (int piece = kApart_ ? 2 : 1; piece < PIECES; ++piece) {
             biased(x[0], piece);
-            put16(tile_.unit(row, column + on(piece)), pack8<T>(x[0]));
+            put16(to.unit(row, column + on(piece)), pack8<T>(x[0]));
           }
         }
   }

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
       }
       wait_copies<kAhead>();
       wait_at(kTurning, 128);
-      row.turn(s.rows[n % kStages], bias, s.turns);
+      row.turn(s.rows[n % kStages], s.rows[n % kStages], bias, s.turns);
       publish();
       arrive_at(kFull + n % kStages, 256);
     }
@@ -103,7 +103,6 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
     const int x_s = int(back ? a.dy_s : a.x_s);
     const T* z = at<const T>(a.z) + seq.row * a.z_b + seq.first * a.z_s + h * a.z_h + p_first;
     const bool gated = a.z && back;
-    const float plain = gated ? 0.f : 1.f;
     const int p0 = warp * 16, p[2] = {p0 + row, p0 + row + 8};
     const long long of_unit = (unit * all_p + p_first + p[0]) * N + col;
     float S[N / 8][4] = {};
@@ -130,7 +129,14 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
             S[j][2 * e] = v.x, S[j][2 * e + 1] = v.y;
           }
     }
-    const auto parameter = [&](const auto& of, int r, int e) { return Sh::kRanks ? of[r][p[e]] : 1.f; };
+    float into[Sh::R][2], zeta[Sh::R][2];  // psi, or phi and zeta
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        into[r][e] = !Sh::kRanks ? 1.f : back ? s.parameters.phi[r][p[e]] : s.parameters.psi[r][p[e]];
+        zeta[r][e] = Sh::kRanks ? s.parameters.zeta[r][p[e]] : 1.f;
+      }
     const auto copy = [&](int n) {
       const int t = chunk_of(n) * CT, live = seq.length - t;
       copy_tokens<Sh>(s.x, x + (long long)t * x_s, x_s, live, width);
@@ -181,14 +187,8 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
 #pragma unroll
           for (int b = tb; b < 4; b += TB) {
             const int r = Sh::rank(2 * b + e % 2);
-            float2 scale;
-            if (back) {
-              const float phi = parameter(s.parameters.phi, r, e / 2), zeta = parameter(s.parameters.zeta, r, e / 2);
-              scale = {phi * silu(zt.x * zeta, plain), phi * silu(zt.y * zeta, plain)};
-            } else {
-              const float psi = parameter(s.parameters.psi, r, e / 2);
-              scale = {psi, psi};
-            }
+            float2 scale = {into[r][e / 2], into[r][e / 2]};
+            if (gated) scale.x *= silu(zt.x * zeta[r][e / 2], 0.f), scale.y *= silu(zt.y * zeta[r][e / 2], 0.f);
             weighed[b][e / 2 + e % 2 * 2] = Two::pack(f.x * scale.x * factor[e % 2 * 2], f.y * scale.y * factor[e % 2 * 2 + 1]);
           }
         }
