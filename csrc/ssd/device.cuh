@@ -21,6 +21,11 @@ template <> struct Pair<Float16> {
     asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(x.x), "=f"(x.y) : "r"(pair));
     return x;
   }
+  __device__ static unsigned add(unsigned x, unsigned y) {
+    unsigned sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(x), "r"(y));
+    return sum;
+  }
 };
 
 template <> struct Pair<BFloat16> {
@@ -31,6 +36,11 @@ template <> struct Pair<BFloat16> {
   }
   __device__ static float2 unpack(unsigned pair) {
     return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+  }
+  __device__ static unsigned add(unsigned x, unsigned y) {
+    unsigned sum;
+    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sum) : "r"(x), "r"(y));
+    return sum;
   }
 };
 

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
   __syncthreads();
 
   if (threadIdx.x >= 128) {
-    if constexpr (N <= 128) give_registers<88>();
+    if constexpr (N <= 128) give_registers<96>();
     const Row row;
     const T* B = at<const T>(a.B) + seq.row * a.B_b + seq.first * a.B_s + g * a.B_g;
     const T* C = at<const T>(a.C) + seq.row * a.C_b + seq.first * a.C_s + g * a.C_g;
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
     if (Sh::kTurns && chunks && p_first == 0 && Angles<Sh>::mine() && threadIdx.x % Angles<Sh>::SEG == 0)
       at<float>(a.final_angle)[unit * NA + Angles<Sh>::index()] = base * 6.283185307179586f;
   } else {
-    if constexpr (N <= 128) take_registers<168>();
+    if constexpr (N <= 128) take_registers<160>();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, col = lane % 4 * 2;
     const T* x = at<const T>(a.x) + seq.row * a.x_b + seq.first * a.x_s + h * a.x_h + p_first;
     const T* z = at<const T>(a.z) + seq.row * a.z_b + seq.first * a.z_s + h * a.z_h + p_first;

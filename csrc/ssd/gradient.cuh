@@ -20,24 +20,33 @@
 namespace nam56r::ssd {
 
 template <class Sh>
-struct GradientShared {
-  struct Stage {
-    Tile<ROWS, Sh::N> q, k;
-    Tile<ROWS, P> dys;
-    Tile<Sh::kRanks ? ROWS : 8, P> scaled;  // v, which without ranks is x
-    Tile<Sh::CT, P> x, z, dy;
-    Turns<Sh> turns;
-    Decays<Sh> decays;
-    Parameters<Sh> parameters;
-    alignas(16) float bias[2][Sh::kTurns ? Sh::R : 1][Sh::N];
+struct GradientStage {  // a head's
+  Tile<ROWS, Sh::N> q, k;
+  Tile<ROWS, P> dys;
+  Tile<Sh::kRanks ? ROWS : 8, P> scaled;  // v, which without ranks is x
+  Tile<Sh::CT, P> x, z, dy;
+  Turns<Sh> turns;
+  Decays<Sh> decays;
+  Parameters<Sh> parameters;
+  alignas(16) float bias[2][Sh::kTurns ? Sh::R : 1][Sh::N];
+  // sums over columns of P or over rows, of each warp
+  float states[2][4][Sh::CT], passed[2][ROWS], own[ROWS], energy[4];
 
-    __device__ auto& v() {
-      if constexpr (Sh::kRanks) return scaled;
-      else return x;
-    }
-  };
-  static constexpr int kStages = Sh::N > 128 ? 1 : 2;
-  static constexpr bool kKept = Sh::R >= 4 && Sh::N <= 128;  // B and C of the chunk, for all heads
+  __device__ auto& v() {
+    if constexpr (Sh::kRanks) return scaled;
+    else return x;
+  }
+};
+
+template <class Sh, bool kKept>
+struct GradientKept {  // B and C of the chunk, for all heads
+  Tile<ROWS, Sh::N> C, B;
+};
+template <class Sh>
+struct GradientKept<Sh, false> {};
+
+template <class Sh>
+struct GradientRest {
   using Turned = float[ROWS][Sh::NA + 4];
   struct alignas(1024) Scratch {
     char bytes[sizeof(Turned) > 8192 ? sizeof(Turned) : 8192];
@@ -45,17 +54,24 @@ struct GradientShared {
     template <class X>
     __device__ X& as() { return *reinterpret_cast<X*>(bytes); }
   };
-  struct Sums {  // over columns of P or rows, of each warp
-    float states[2][4][Sh::CT], passed[2][ROWS], own[ROWS], energy[4];
-  };
-  Stage stage[kStages];
-  Tile<kKept ? ROWS : 8, Sh::N> C, B;
   Tile<P, Sh::N> S, G;
   Scratch scratch[2];
-  Sums sums[kStages];
   float by_token[4][Sh::CT];
   Arrival states;
   int done;
+};
+
+template <class Sh>
+constexpr bool kGradientKeeps = Sh::R >= 4 && Sh::N <= 128;
+
+template <class Sh>
+struct GradientShared {
+  static constexpr bool kKept = kGradientKeeps<Sh>;
+  static constexpr int kStages =
+      sizeof(GradientRest<Sh>) + (kKept ? sizeof(GradientKept<Sh, true>) : 0) + 2 * sizeof(GradientStage<Sh>) > 227 * 1024 ? 1 : 2;
+  GradientStage<Sh> stage[kStages];
+  GradientRest<Sh> rest;
+  GradientKept<Sh, kKept> kept;
 };
 
 struct Place {
@@ -360,16 +376,16 @@ __device__ __forceinline__ void make_tiles(const Arguments& a, GradientShared<Sh
         const bool each = a.angle_heads > 1;
         const long long place = each ? unit * a.tokens + token : (here.group * a.splits + here.split) * a.tokens + token;
         angle_gradients<Sh>(
-            s.scratch[0].template as<typename GradientShared<Sh>::Turned>(), s.scratch[1].template as<typename GradientShared<Sh>::Turned>(),
+            s.rest.scratch[0].template as<typename GradientRest<Sh>::Turned>(), s.rest.scratch[1].template as<typename GradientRest<Sh>::Turned>(),
             at<const float>(a.angles) + seq.row * a.a_b + (seq.first + start_) * a.a_s + h * a.a_h, int(a.a_s), to.decays,
             at<float>(a.dangle_sum) + place * NA, each || behind.i == 0,
-            at<float>(a.total) + ((here.span * a.every + behind.j) * a.H * here.blocks + unit) * NA, s.by_token, live);
+            at<float>(a.total) + ((here.span * a.every + behind.j) * a.H * here.blocks + unit) * NA, s.rest.by_token, live);
         wait_at(kTurning, 128);
         if (t < CT && t < live) {
           constexpr int kWarps = NA / 2 * (256 / NA < CT ? 256 / NA : CT) / 32;
           float of_token = 0.f;
 #pragma unroll
-          for (int n = 0; n < kWarps; ++n) of_token += s.by_token[n][t];
+          for (int n = 0; n < kWarps; ++n) of_token += s.rest.by_token[n][t];
           at<float>(a.ddt_turned)[unit * a.tokens + token + t] = PI * of_token;
         }
         behind.next(units);
@@ -395,8 +411,8 @@ __device__ __forceinline__ void make_tiles(const Arguments& a, GradientShared<Sh
       copy_rows<Sh>(to.k, B + start_ * a.B_s, int(a.B_s), int(a.B_r), live);
     } else if (first_unit) {
       wait_at(kTurning, 128);  // the chunk before is turned
-      copy_rows<Sh>(s.C, C + start_ * a.C_s, int(a.C_s), int(a.C_r), live);
-      copy_rows<Sh>(s.B, B + start_ * a.B_s, int(a.B_s), int(a.B_r), live);
+      copy_rows<Sh>(s.kept.C, C + start_ * a.C_s, int(a.C_s), int(a.C_r), live);
+      copy_rows<Sh>(s.kept.B, B + start_ * a.B_s, int(a.B_s), int(a.B_r), live);
     }
     copy_tokens<Sh>(to.x, at<const T>(a.x) + seq.row * a.x_b + in_row * a.x_s + h * a.x_h + p_first, int(a.x_s), live, width);
     copy_tokens<Sh>(to.dy, at<const T>(a.dy) + seq.row * a.dy_b + in_row * a.dy_s + h * a.dy_h + p_first, int(a.dy_s), live, width);
@@ -417,7 +433,7 @@ __device__ __forceinline__ void make_tiles(const Arguments& a, GradientShared<Sh
     if constexpr (Sh::kTurns) row.load(bias, to.bias[row.tile][0]);
     auto& turned = row.tile ? to.k : to.q;
     if constexpr (kKept)
-      row.turn(turned, row.tile ? s.B : s.C, bias, to.turns);
+      row.turn(turned, row.tile ? s.kept.B : s.kept.C, bias, to.turns);
     else
       row.turn(turned, turned, bias, to.turns);
 #pragma unroll
@@ -475,15 +491,15 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
   const Sequence& seq = here.seq;
   const int units = int(a.units), items = here.chunks * units, all_p = int(a.P), width = min(P, all_p), H = int(a.H), U = H * here.blocks;
   const bool gated = a.z;
-  auto& scratch = s.scratch[side];
+  auto& scratch = s.rest.scratch[side];
   auto& scores = scratch.template as<Tile<ROWS, ROWS>>();
-  auto& turned = scratch.template as<typename Shared::Turned>();
-  const auto& state = reads ? s.S : s.G;
+  auto& turned = scratch.template as<typename GradientRest<Sh>::Turned>();
+  const auto& state = reads ? s.rest.S : s.rest.G;
   const auto fetch = [&](const Step& step) {
-    const long long from = ((long long)(blockIdx.y * int(a.every) + step.j) * U + here.first + step.i) * int(sizeof(s.S));
-    s.states.expect(2 * sizeof(s.S));
-    s.states.copy(&s.S, at<const char>(a.states) + from, sizeof(s.S));
-    s.states.copy(&s.G, at<const char>(a.carried) + from, sizeof(s.G));
+    const long long from = ((long long)(blockIdx.y * int(a.every) + step.j) * U + here.first + step.i) * int(sizeof(s.rest.S));
+    s.rest.states.expect(2 * sizeof(s.rest.S));
+    s.rest.states.copy(&s.rest.S, at<const char>(a.states) + from, sizeof(s.rest.S));
+    s.rest.states.copy(&s.rest.G, at<const char>(a.carried) + from, sizeof(s.rest.G));
   };
   if (threadIdx.x == 0) fetch({});
 
@@ -496,7 +512,6 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
     const int start_ = (here.chunk + j) * CT, live = seq.length - start_, stage = it % kStages;
     const long long token = seq.token + start_, in_row = seq.first + start_, of_unit = unit * a.tokens + token;
     auto& in = s.stage[stage];
-    auto& sums = s.sums[stage];
     const auto& decays = in.decays;
     const auto &rows = reads ? in.q : in.k, &others = reads ? in.k : in.q;
     const Tile<ROWS, P> &rows_p = reads ? in.dys : in.v(), &others_p = reads ? in.v() : in.dys;
@@ -561,8 +576,8 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
       for (int e = 0; e < 2; ++e) {
         const float of_row = over_quad(passed[e]), of_own = over_quad(owned[e]);
         if (lane % 4 == 0) {
-          sums.passed[side][p[e]] = of_row;
-          if (reads) sums.own[p[e]] = of_own;
+          in.passed[side][p[e]] = of_row;
+          if (reads) in.own[p[e]] = of_own;
         }
       }
 #pragma unroll
@@ -573,14 +588,14 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
       for (int c = 0; c < 4; ++c) operand<T>(dS[c], dm[2 * c], dm[2 * c + 1]);
     }
     }
-    s.states.wait(it % 2);
+    s.rest.states.wait(it % 2);
     if (!reads) {  // <S, G>, the diagonal of a product
       float both[P / 8][4], energy = 0.f;
       start();
 #pragma unroll
       for (int k = 0; k < N / 16; ++k)
-        k ? Product<T, P>::template shared<kAcross>(both, s.S.descriptor(0, k * 16), s.G.descriptor(0, k * 16))
-          : Product<T, P>::template shared<kAcross, 0>(both, s.S.descriptor(0, 0), s.G.descriptor(0, 0));
+        k ? Product<T, P>::template shared<kAcross>(both, s.rest.S.descriptor(0, k * 16), s.rest.G.descriptor(0, k * 16))
+          : Product<T, P>::template shared<kAcross, 0>(both, s.rest.S.descriptor(0, 0), s.rest.G.descriptor(0, 0));
       finish();
 #pragma unroll
       for (int n = 0; n < P / 8; ++n)
@@ -588,7 +603,7 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
         for (int e = 0; e < 4; ++e) energy += n * 8 + col + e % 2 == p[e / 2] ? both[n][e] : 0.f;
 #pragma unroll
       for (int d = 16; d; d /= 2) energy += __shfl_xor_sync(~0u, energy, d);
-      if (lane == 0) sums.energy[warp] = energy;
+      if (lane == 0) in.energy[warp] = energy;
     }
 
     float y[ROWS / 8][4];
@@ -631,7 +646,7 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
         for (int i = 0; i < kFold; ++i) part[i] = through[from + i];
         const float all = fold(part);
         const int i = from + folded<kFold>();
-        if (row % (8 / kFold) == 0) sums.states[side][warp][i / 2 * 8 + col + i % 2] = all;
+        if (row % (8 / kFold) == 0) in.states[side][warp][i / 2 * 8 + col + i % 2] = all;
       }
     }
     publish();
@@ -652,12 +667,12 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
     }
     const int t = int(threadIdx.x) % 128;
     if (t < CT && t < live) {
-      const float through = sums.states[side][0][t] + sums.states[side][1][t] + sums.states[side][2][t] + sums.states[side][3][t];
+      const float through = in.states[side][0][t] + in.states[side][1][t] + in.states[side][2][t] + in.states[side][3][t];
       float rows_[2] = {};
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        rows_[0] += sums.passed[side][r * CT + t];
-        if (reads) rows_[1] += sums.own[r * CT + t];
+        rows_[0] += in.passed[side][r * CT + t];
+        if (reads) rows_[1] += in.own[r * CT + t];
       }
       if (reads) {
         at<float>(a.READ)[of_unit + t] = through;
@@ -668,7 +683,7 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
         at<float>(a.DW)[of_unit + t] = rows_[0] + through;
         if (t == 0)
           at<float>(a.energy)[(here.span * a.every + j) * U + unit] =
-              exp_(end) * (sums.energy[0] + sums.energy[1] + sums.energy[2] + sums.energy[3]);
+              exp_(end) * (in.energy[0] + in.energy[1] + in.energy[2] + in.energy[3]);
       }
     }
     const long long of_tokens = ((seq.row * a.S + in_row) * H + h) * all_p + p_first;
@@ -794,7 +809,7 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
     finish();
     if (lane == 0) {  // the last of eight warps fetches the next states
       __threadfence_block();
-      if (atomicAdd(&s.done, 1) % 8 == 7 && it + 1 < items) fetch(step);
+      if (atomicAdd(&s.rest.done, 1) % 8 == 7 && it + 1 < items) fetch(step);
     }
 #pragma unroll
     for (int n = 0; n < N / 8; ++n)
@@ -839,7 +854,7 @@ __global__ void __launch_bounds__(384, 1) gradient(const __grid_constant__ Argum
   auto& s = *reinterpret_cast<GradientShared<Sh>*>(bytes);
   const Place here = place<Sh>(a);
   if (here.chunks == 0) return;
-  if (threadIdx.x == 0) s.states.make(), s.done = 0;
+  if (threadIdx.x == 0) s.rest.states.make(), s.rest.done = 0;
   publish();
   __syncthreads();
   if (threadIdx.x < 256) {

@@ -56,7 +56,8 @@ __device__ __forceinline__ void load(float (&x)[n], const float* from) {
 
 template <class Sh>
 struct Turns {  // of a chunk: cos and sin in a register's halves; rows padded so that neighbouring tokens lie in different banks
-  unsigned x[Sh::kTurns ? Sh::CT : 1][Sh::NA + 4];
+  static constexpr int kPad = Sh::CT * Sh::N > 8192 ? 0 : 4;  // there is no room where both are large
+  unsigned x[Sh::kTurns ? Sh::CT : 1][Sh::NA + kPad];
 
   __device__ static unsigned pack(float cos, float sin) { return Pair<Float16>::pack(cos, sin); }
   __device__ static float2 unpack(unsigned turn) { return Pair<Float16>::unpack(turn); }
@@ -72,7 +73,7 @@ struct Decays {
 // first piece, for MIMO with the second. The eight lanes that access shared memory at a time have units in different banks.
 template <class Sh, int TILES>
 struct Rows {
-  static constexpr int N = Sh::N, PIECES = Sh::MODEL == kMimo ? 4 : 2, STRIPS = N / 8 / PIECES;
+  static constexpr int N = Sh::N, PIECES = Sh::MODEL == kMimo ? 4 : 2, STRIPS = N / 8 / PIECES, TURNED = PIECES / 2;
   static constexpr int kAll = 128 / (STRIPS * Sh::R * TILES), LANES = kAll < Sh::CT ? kAll : Sh::CT, ITEMS = Sh::CT / LANES;
   static constexpr int kApart = LANES < 8 ? 8 / LANES : 1;
   static_assert(kAll >= 1);
@@ -88,12 +89,21 @@ struct Rows {
   }
   __device__ static constexpr int on(int piece) { return piece == 0 ? 0 : piece == 1 ? N / 2 : piece == 2 ? N / 4 : 3 * N / 4; }
 
-  struct Bias {
-    float x[Sh::kTurns ? PIECES : 1][8];
+  struct Bias {  // of what isn't turned rounded: it is added to pairs of elements
+    float x[TURNED][8];
+    uint4 rounded[PIECES - TURNED];
   };
   __device__ void load(Bias& bias, const float* of_head) const {  // [R][N]
 #pragma unroll
-    for (int piece = 0; piece < PIECES; ++piece) nam56r::ssd::load(bias.x[piece], of_head + rank * N + column + on(piece));
+    for (int piece = 0; piece < PIECES; ++piece) {
+      float x[8];
+      nam56r::ssd::load(x, of_head + rank * N + column + on(piece));
+      if (piece >= TURNED)
+        bias.rounded[piece - TURNED] = pack8<typename Sh::T>(x);
+      else
+#pragma unroll
+        for (int e = 0; e < 8; ++e) bias.x[piece][e] = x[e];
+    }
   }
 
   // Adds the biases and turns, from one tile to another or in place.
@@ -131,9 +141,10 @@ struct Rows {
           put16(to.unit(row, column), pack8<T>(x[0]));
           if constexpr (kApart_) put16(to.unit(row, column + on(1)), pack8<T>(x[1]));
 #pragma unroll
-          for (int piece = kApart_ ? 2 : 1; piece < PIECES; ++piece) {
-            biased(x[0], piece);
-            put16(to.unit(row, column + on(piece)), pack8<T>(x[0]));
+          for (int piece = TURNED; piece < PIECES; ++piece) {
+            const uint4 x = raw[piece], b = bias.rounded[piece - TURNED];
+            put16(to.unit(row, column + on(piece)),
+                  {Pair<T>::add(x.x, b.x), Pair<T>::add(x.y, b.y), Pair<T>::add(x.z, b.z), Pair<T>::add(x.w, b.w)});
           }
         }
   }
@@ -147,10 +158,20 @@ __device__ __forceinline__ void copy_rows(
     Tile<ROWS, Sh::N>& to, const typename Sh::T* from, int per_token, int per_rank, int live) {
   constexpr int kUnits = Sh::N / 8, kPass = 128 / kUnits;  // units of a row, rows at once
   const int column = threadIdx.x % kUnits * 8, first = threadIdx.x % 128 / kUnits;
+  if constexpr (kPass <= Sh::CT) {  // all of a pass are of one rank
+    const typename Sh::T* from_first = from + first * per_token + column;
+    unsigned short* to_first = kPass % 8 ? nullptr : to.unit(first, column);
 #pragma unroll
-  for (int n = 0; n < ROWS / kPass; ++n) {
-    const int row = n * kPass + first, token = row % Sh::CT;
-    copy16(to.unit(row, column), from + row / Sh::CT * per_rank + token * per_token + column, token < live);
+    for (int n = 0; n < ROWS / kPass; ++n) {
+      const int later = n * kPass % Sh::CT, on = n * kPass / Sh::CT * per_rank + later * per_token;
+      copy16(kPass % 8 ? to.unit(n * kPass + first, column) : to_first + n * kPass * 64, from_first + on, first + later < live);
+    }
+  } else {
+#pragma unroll
+    for (int n = 0; n < ROWS / kPass; ++n) {
+      const int row = n * kPass + first, token = row % Sh::CT;
+      copy16(to.unit(row, column), from + row / Sh::CT * per_rank + token * per_token + column, token < live);
+    }
   }
 }
 

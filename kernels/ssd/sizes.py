@@ -8,7 +8,8 @@ import torch
 
 MAMBA2, SISO, MIMO = 0, 1, 2  # the model: nothing turned; adjacent pairs turned; pairs N / 2 apart, Ψ, ζ, Φ
 ROWS = 64  # of a chunk's scores: its tokens times the rank
-EVERY = 2  # chunks of a span
+SPANS = 4, 2, 1  # chunks of a span: the most that leave
+BLOCKS = 128  # blocks for a segment
 COLUMNS = 64  # of a unit
 MOST_UNITS = 16  # of one block
 MOST_ROWS = 65535  # CUDA's bound of a grid's y
@@ -114,16 +115,18 @@ def sizes_of(
     if sequences > MOST_ROWS:
         raise ValueError(f"there are {sequences} sequences, but the CUDA scan takes at most {MOST_ROWS}")
     chunk, blocks = ROWS // rank, headdim // min(headdim, COLUMNS)
-    span = EVERY * chunk
-    spans = length // span + sequences if packed else -(-length // span)
-    most, rows = max(1, spans), 1 if packed else max(1, sequences)
-    fit = SCRATCH // (2 * heads * blocks * tile_of(d_state) * 2) // (EVERY * rows)
-    segments = -(-most // min(max(LEAST_SPANS, fit), MOST_ROWS // rows))
-    segment_spans = -(-most // segments)  # evened out
     of_group = heads // groups * blocks
     units = next(n for n in range(min(of_group, MOST_UNITS), 0, -1) if of_group % n == 0)
+    rows, fit = 1 if packed else max(1, sequences), SCRATCH // (2 * heads * blocks * tile_of(d_state) * 2)
+    at_once = min(fit, rows * -(-length // chunk)) * groups * of_group // units  # blocks, if they had one chunk each
+    every = next((n for n in SPANS if at_once >= n * BLOCKS), 1)
+    span = every * chunk
+    spans = length // span + sequences if packed else -(-length // span)
+    most = max(1, spans)
+    segments = -(-most // min(max(LEAST_SPANS, fit // (every * rows)), MOST_ROWS // rows))
+    segment_spans = -(-most // segments)  # evened out
     return Sizes(
         model, batch, length, heads, headdim, rank, groups, d_state,
         0 if angles is None else angles.shape[3], 1 if angles is None else angles.shape[2], packed, sequences,
-        chunk, EVERY, spans, segment_spans, -(-most // segment_spans), units, of_group // units,
+        chunk, every, spans, segment_spans, -(-most // segment_spans), units, of_group // units,
     )  # fmt: skip
