@@ -425,7 +425,7 @@ def _scan_states(recipe: Recipe, plan: Plan, slot: Slot) -> float:
         return 0
     sequences, model = (plan.micro_batch, recipe.seq_length), (MIMO if rank > 1 else SISO) if turned else MAMBA2
     x = torch.empty(*sequences, recipe.mamba_heads // plan.tensor_parallel, m.headdim, device="meta")
-    B = torch.empty(*sequences, rank, 1, m.d_state, device="meta")  # groups change nothing of what is kept
+    B = torch.empty(*sequences, rank, max(1, m.ngroups // plan.tensor_parallel), m.d_state, device="meta")
     angles = torch.empty(*sequences, 1, m.d_state // 4, device="meta") if turned else None
     sizes = sizes_of(model, x, B, angles, None)
     # a state for every part, an angle for every chunk, and sums and weights of decays for every token

@@ -46,7 +46,8 @@ template <class Sh>
 struct GradientKept<Sh, false> {};
 
 template <class Sh>
-struct GradientRest {
+struct GradientShared {
+  static constexpr bool kKept = Sh::R >= 4 && Sh::N <= 128;
   using Turned = float[ROWS][Sh::NA + 4];
   struct alignas(1024) Scratch {
     char bytes[sizeof(Turned) > 8192 ? sizeof(Turned) : 8192];
@@ -54,23 +55,14 @@ struct GradientRest {
     template <class X>
     __device__ X& as() { return *reinterpret_cast<X*>(bytes); }
   };
+  static constexpr int kOnce = (kKept ? 2 : 0) * sizeof(Tile<ROWS, Sh::N>) + 2 * sizeof(Tile<P, Sh::N>) + 2 * sizeof(Scratch) + 16 * Sh::CT + 64;
+  static constexpr int kStages = kOnce + 2 * sizeof(GradientStage<Sh>) > 227 * 1024 ? 1 : 2;
+  GradientStage<Sh> stage[kStages];
   Tile<P, Sh::N> S, G;
   Scratch scratch[2];
   float by_token[4][Sh::CT];
   Arrival states;
   int done;
-};
-
-template <class Sh>
-constexpr bool kGradientKeeps = Sh::R >= 4 && Sh::N <= 128;
-
-template <class Sh>
-struct GradientShared {
-  static constexpr bool kKept = kGradientKeeps<Sh>;
-  static constexpr int kStages =
-      sizeof(GradientRest<Sh>) + (kKept ? sizeof(GradientKept<Sh, true>) : 0) + 2 * sizeof(GradientStage<Sh>) > 227 * 1024 ? 1 : 2;
-  GradientStage<Sh> stage[kStages];
-  GradientRest<Sh> rest;
   GradientKept<Sh, kKept> kept;
 };
 
@@ -376,16 +368,16 @@ __device__ __forceinline__ void make_tiles(const Arguments& a, GradientShared<Sh
         const bool each = a.angle_heads > 1;
         const long long place = each ? unit * a.tokens + token : (here.group * a.splits + here.split) * a.tokens + token;
         angle_gradients<Sh>(
-            s.rest.scratch[0].template as<typename GradientRest<Sh>::Turned>(), s.rest.scratch[1].template as<typename GradientRest<Sh>::Turned>(),
+            s.scratch[0].template as<typename GradientShared<Sh>::Turned>(), s.scratch[1].template as<typename GradientShared<Sh>::Turned>(),
             at<const float>(a.angles) + seq.row * a.a_b + (seq.first + start_) * a.a_s + h * a.a_h, int(a.a_s), to.decays,
             at<float>(a.dangle_sum) + place * NA, each || behind.i == 0,
-            at<float>(a.total) + ((here.span * a.every + behind.j) * a.H * here.blocks + unit) * NA, s.rest.by_token, live);
+            at<float>(a.total) + ((here.span * a.every + behind.j) * a.H * here.blocks + unit) * NA, s.by_token, live);
         wait_at(kTurning, 128);
         if (t < CT && t < live) {
           constexpr int kWarps = NA / 2 * (256 / NA < CT ? 256 / NA : CT) / 32;
           float of_token = 0.f;
 #pragma unroll
-          for (int n = 0; n < kWarps; ++n) of_token += s.rest.by_token[n][t];
+          for (int n = 0; n < kWarps; ++n) of_token += s.by_token[n][t];
           at<float>(a.ddt_turned)[unit * a.tokens + token + t] = PI * of_token;
         }
         behind.next(units);
@@ -491,15 +483,15 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
   const Sequence& seq = here.seq;
   const int units = int(a.units), items = here.chunks * units, all_p = int(a.P), width = min(P, all_p), H = int(a.H), U = H * here.blocks;
   const bool gated = a.z;
-  auto& scratch = s.rest.scratch[side];
+  auto& scratch = s.scratch[side];
   auto& scores = scratch.template as<Tile<ROWS, ROWS>>();
-  auto& turned = scratch.template as<typename GradientRest<Sh>::Turned>();
-  const auto& state = reads ? s.rest.S : s.rest.G;
+  auto& turned = scratch.template as<typename GradientShared<Sh>::Turned>();
+  const auto& state = reads ? s.S : s.G;
   const auto fetch = [&](const Step& step) {
-    const long long from = ((long long)(blockIdx.y * int(a.every) + step.j) * U + here.first + step.i) * int(sizeof(s.rest.S));
-    s.rest.states.expect(2 * sizeof(s.rest.S));
-    s.rest.states.copy(&s.rest.S, at<const char>(a.states) + from, sizeof(s.rest.S));
-    s.rest.states.copy(&s.rest.G, at<const char>(a.carried) + from, sizeof(s.rest.G));
+    const long long from = ((long long)(blockIdx.y * int(a.every) + step.j) * U + here.first + step.i) * int(sizeof(s.S));
+    s.states.expect(2 * sizeof(s.S));
+    s.states.copy(&s.S, at<const char>(a.states) + from, sizeof(s.S));
+    s.states.copy(&s.G, at<const char>(a.carried) + from, sizeof(s.G));
   };
   if (threadIdx.x == 0) fetch({});
 
@@ -588,14 +580,14 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
       for (int c = 0; c < 4; ++c) operand<T>(dS[c], dm[2 * c], dm[2 * c + 1]);
     }
     }
-    s.rest.states.wait(it % 2);
+    s.states.wait(it % 2);
     if (!reads) {  // <S, G>, the diagonal of a product
       float both[P / 8][4], energy = 0.f;
       start();
 #pragma unroll
       for (int k = 0; k < N / 16; ++k)
-        k ? Product<T, P>::template shared<kAcross>(both, s.rest.S.descriptor(0, k * 16), s.rest.G.descriptor(0, k * 16))
-          : Product<T, P>::template shared<kAcross, 0>(both, s.rest.S.descriptor(0, 0), s.rest.G.descriptor(0, 0));
+        k ? Product<T, P>::template shared<kAcross>(both, s.S.descriptor(0, k * 16), s.G.descriptor(0, k * 16))
+          : Product<T, P>::template shared<kAcross, 0>(both, s.S.descriptor(0, 0), s.G.descriptor(0, 0));
       finish();
 #pragma unroll
       for (int n = 0; n < P / 8; ++n)
@@ -809,7 +801,7 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
     finish();
     if (lane == 0) {  // the last of eight warps fetches the next states
       __threadfence_block();
-      if (atomicAdd(&s.rest.done, 1) % 8 == 7 && it + 1 < items) fetch(step);
+      if (atomicAdd(&s.done, 1) % 8 == 7 && it + 1 < items) fetch(step);
     }
 #pragma unroll
     for (int n = 0; n < N / 8; ++n)
@@ -854,7 +846,7 @@ __global__ void __launch_bounds__(384, 1) gradient(const __grid_constant__ Argum
   auto& s = *reinterpret_cast<GradientShared<Sh>*>(bytes);
   const Place here = place<Sh>(a);
   if (here.chunks == 0) return;
-  if (threadIdx.x == 0) s.rest.states.make(), s.rest.done = 0;
+  if (threadIdx.x == 0) s.states.make(), s.done = 0;
   publish();
   __syncthreads();
   if (threadIdx.x < 256) {

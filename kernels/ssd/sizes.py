@@ -8,7 +8,7 @@ import torch
 
 MAMBA2, SISO, MIMO = 0, 1, 2  # the model: nothing turned; adjacent pairs turned; pairs N / 2 apart, Ψ, ζ, Φ
 ROWS = 64  # of a chunk's scores: its tokens times the rank
-SPANS = 4, 2, 1  # chunks of a span: the most that leave
+SPANS = 2, 1  # chunks of a span: the most that leave
 BLOCKS = 128  # blocks for a segment
 COLUMNS = 64  # of a unit
 MOST_UNITS = 16  # of one block
