@@ -25,6 +25,14 @@ struct ForwardShared {
   Decays<Sh> decays[kStages];
   Turns<Sh> turns;
   Parameters<Sh> parameters;
+  struct {  // where the sequence lies; not in registers, of which there are too few
+    const typename Sh::T *B, *C, *x, *z;
+    typename Sh::T* y;
+    const float *angles, *steps;
+    float* bases;
+    long long tokens;
+    int length;
+  } in;
 };
 
 template <typename T, int MODEL, int R, int N>
@@ -45,22 +53,30 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
   const long long span = first_span(a, blockIdx.y), numbered = a.cu ? span : 0;  // in segments, sequences of a batch start anew
 
   copy_parameters<Sh, 256>(s.parameters, a, h, p_first, width);
+  if (threadIdx.x == 0)
+    s.in = {at<const T>(a.B) + seq.row * a.B_b + seq.first * a.B_s + g * a.B_g,
+            at<const T>(a.C) + seq.row * a.C_b + seq.first * a.C_s + g * a.C_g,
+            at<const T>(a.x) + seq.row * a.x_b + seq.first * a.x_s + h * a.x_h + p_first,
+            at<const T>(a.z) + seq.row * a.z_b + seq.first * a.z_s + h * a.z_h + p_first,
+            at<T>(a.y) + ((seq.row * a.S + seq.first) * H + h) * all_p + p_first,
+            at<const float>(a.angles) + seq.row * a.a_b + seq.first * a.a_s + h * a.a_h,
+            at<const float>(a.DT) + tokens,
+            at<float>(a.bases) + (span * every * H + h) * NA,
+            tokens,
+            seq.length};
+  const auto& here = s.in;
   commit();
   wait_copies();
   __syncthreads();
 
   if (threadIdx.x >= 128) {
-    if constexpr (N <= 128) give_registers<96>();
+    if constexpr (N <= 128) give_registers<Sh::kTurns ? 88 : 64>();
     const Row row;
-    const T* B = at<const T>(a.B) + seq.row * a.B_b + seq.first * a.B_s + g * a.B_g;
-    const T* C = at<const T>(a.C) + seq.row * a.C_b + seq.first * a.C_s + g * a.C_g;
-    const float* angles = at<const float>(a.angles) + seq.row * a.a_b + seq.first * a.a_s + h * a.a_h;
-    const float* steps = at<const float>(a.DT) + tokens;
     typename Row::Bias bias;
     Angles<Sh> angle;
     float base = 0.f;
     const auto load = [&](int chunk) {
-      angle.load(angles + (long long)chunk * CT * a.a_s, int(a.a_s), steps + chunk * CT, seq.length - chunk * CT);
+      angle.load(here.angles + (long long)chunk * CT * a.a_s, int(a.a_s), here.steps + chunk * CT, here.length - chunk * CT);
     };
     if constexpr (Sh::kTurns) {
       row.load(bias, at<const float>(row.tile ? a.B_bias : a.C_bias) + (long long)h * R * N);
@@ -71,15 +87,15 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
     for (int chunk = 0; chunk < chunks; ++chunk) {
       auto& stage = s.stage[chunk % kStages];
       auto& tile = row.tile ? stage.k : stage.q;
-      const int t = chunk * CT, live = seq.length - t;
+      const int t = chunk * CT, live = here.length - t;
       if (chunk >= kStages) wait_at(kEmpty + chunk % kStages, 256);
-      copy_rows<Sh>(stage.q, C + t * a.C_s, int(a.C_s), int(a.C_r), live);
-      copy_rows<Sh>(stage.k, B + t * a.B_s, int(a.B_s), int(a.B_r), live);
-      copy_decays<Sh>(s.decays[chunk % kStages], a, tokens + t, live);
+      copy_rows<Sh>(stage.q, here.C + t * a.C_s, int(a.C_s), int(a.C_r), live);
+      copy_rows<Sh>(stage.k, here.B + t * a.B_s, int(a.B_s), int(a.B_r), live);
+      copy_decays<Sh>(s.decays[chunk % kStages], a, here.tokens + t, live);
       commit();
       if constexpr (Sh::kTurns) {
         if (a.save && Angles<Sh>::mine() && threadIdx.x % Angles<Sh>::SEG == 0 && p_first == 0)
-          at<float>(a.bases)[((span * every + chunk) * H + h) * NA + Angles<Sh>::index()] = base;
+          here.bases[(long long)chunk * H * NA + Angles<Sh>::index()] = base;
         wait_at(kTurning, 128);  // the chunk before is turned
         base = fraction(base + angle.turn(s.turns, base));
         if (chunk + 1 < chunks) load(chunk + 1);
@@ -93,11 +109,8 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
     if (Sh::kTurns && chunks && p_first == 0 && Angles<Sh>::mine() && threadIdx.x % Angles<Sh>::SEG == 0)
       at<float>(a.final_angle)[unit * NA + Angles<Sh>::index()] = base * 6.283185307179586f;
   } else {
-    if constexpr (N <= 128) take_registers<160>();
+    if constexpr (N <= 128) take_registers<Sh::kTurns ? 168 : 192>();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, col = lane % 4 * 2;
-    const T* x = at<const T>(a.x) + seq.row * a.x_b + seq.first * a.x_s + h * a.x_h + p_first;
-    const T* z = at<const T>(a.z) + seq.row * a.z_b + seq.first * a.z_s + h * a.z_h + p_first;
-    T* y = at<T>(a.y) + ((seq.row * a.S + seq.first) * H + h) * all_p + p_first;
     const int y_s = H * all_p;
     const bool gated = a.z;
     const float plain = gated ? 0.f : 1.f;
@@ -117,9 +130,9 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
           }
     const auto parameter = [&](const auto& of, int r, int e) { return Sh::kRanks ? of[r][p[e]] : 1.f; };
     const auto copy = [&](int chunk) {
-      const int t = chunk * CT, live = seq.length - t;
-      copy_tokens<Sh>(s.x, x + t * a.x_s, int(a.x_s), live, width);
-      if (gated) copy_tokens<Sh>(s.z, z + t * a.z_s, int(a.z_s), live, width);
+      const int t = chunk * CT, live = here.length - t;
+      copy_tokens<Sh>(s.x, here.x + t * a.x_s, int(a.x_s), live, width);
+      if (gated) copy_tokens<Sh>(s.z, here.z + t * a.z_s, int(a.z_s), live, width);
       commit();
     };
 
@@ -268,8 +281,8 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
 #pragma unroll
       for (int tb = 0; tb < TB; ++tb) {
         const int t = tb * 16 + lane / 2, c = p0 + lane % 2 * 8;
-        if (t < CT && chunk * CT + t < seq.length && c < width)
-          put16(y + (long long)(chunk * CT) * y_s + t * y_s + c, get16(s.x.unit(t, c)));
+        if (t < CT && chunk * CT + t < here.length && c < width)
+          put16(here.y + (long long)(chunk * CT) * y_s + t * y_s + c, get16(s.x.unit(t, c)));
       }
       if (chunk + 1 < chunks) {
         wait_at(kProducts, 128);  // all have stored y
@@ -292,7 +305,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
           at<float>(a.final_k)[unit * R * N + i] = i % 2 ? f.y : f.x;
         }
       }
-      const T* x_last = x + (seq.length - 1) * a.x_s;
+      const T* x_last = here.x + (seq.length - 1) * a.x_s;
       for (int i = threadIdx.x; i < R * P; i += 128) {
         const int r = i / P, c = i % P;
         if (c >= width) continue;

@@ -19,6 +19,12 @@
 
 namespace nam56r::ssd {
 
+struct Place {
+  int sequence, group, split, blocks, chunk, chunks, first, heads;  // the first chunk, how many; the first unit
+  long long span;
+  Sequence seq;
+};
+
 template <class Sh>
 struct GradientStage {  // a head's
   Tile<ROWS, Sh::N> q, k;
@@ -63,13 +69,8 @@ struct GradientShared {
   float by_token[4][Sh::CT];
   Arrival states;
   int done;
+  Place here;  // not in registers, of which there are too few
   GradientKept<Sh, kKept> kept;
-};
-
-struct Place {
-  int sequence, group, split, blocks, chunk, chunks, first, heads;  // the first chunk, how many; the first unit
-  long long span;
-  Sequence seq;
 };
 
 // Where a block works; chunks is 0 where there is nothing.
@@ -520,21 +521,20 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
     float scale[2];  // of the rows of dq or dk
     const int mine[2] = {p[0] % CT, p[1] % CT};  // the rows' tokens
     {
-    float m[ROWS / 8][4], dm[ROWS / 8][4];
-    start();
+      float m[ROWS / 8][4], dm[ROWS / 8][4];
+      start();
 #pragma unroll
-    for (int k = 0; k < N / 16; ++k)
-      k ? Product<T, ROWS>::template shared<kAcross>(m, rows.descriptor(0, k * 16), others.descriptor(0, k * 16))
-        : Product<T, ROWS>::template shared<kAcross, 0>(m, rows.descriptor(0, 0), others.descriptor(0, 0));
+      for (int k = 0; k < N / 16; ++k)
+        k ? Product<T, ROWS>::template shared<kAcross>(m, rows.descriptor(0, k * 16), others.descriptor(0, k * 16))
+          : Product<T, ROWS>::template shared<kAcross, 0>(m, rows.descriptor(0, 0), others.descriptor(0, 0));
 #pragma unroll
-    for (int k = 0; k < P / 16; ++k)
-      k ? Product<T, ROWS>::template shared<kAcross>(dm, rows_p.descriptor(0, k * 16), others_p.descriptor(0, k * 16))
-        : Product<T, ROWS>::template shared<kAcross, 0>(dm, rows_p.descriptor(0, 0), others_p.descriptor(0, 0));
-    finish();
-    if (Sh::kTurns && it) wait_at(kRead, 384);  // what was turned back for the head before
+      for (int k = 0; k < P / 16; ++k)
+        k ? Product<T, ROWS>::template shared<kAcross>(dm, rows_p.descriptor(0, k * 16), others_p.descriptor(0, k * 16))
+          : Product<T, ROWS>::template shared<kAcross, 0>(dm, rows_p.descriptor(0, 0), others_p.descriptor(0, 0));
+      finish();
+      if (Sh::kTurns && it) wait_at(kRead, 384);  // what was turned back for the head before
 
-    // scores and dm through the decays, by rows
-    {
+      // scores and dm through the decays, by rows
       const float l[2] = {decays.L[mine[0]], decays.L[mine[1]]};
       const float w[2] = {reads ? 1.f : decays.w[mine[0]], reads ? 1.f : decays.w[mine[1]]};
       const float own[2] = {own_weight(decays, mine[0]), own_weight(decays, mine[1])};
@@ -579,7 +579,6 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
 #pragma unroll
       for (int c = 0; c < 4; ++c) operand<T>(dS[c], dm[2 * c], dm[2 * c + 1]);
     }
-    }
     s.states.wait(it % 2);
     if (!reads) {  // <S, G>, the diagonal of a product
       float both[P / 8][4], energy = 0.f;
@@ -607,38 +606,49 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
     finish();
     // y and dv of the states, by columns; what tokens read of S, write to G
     {
-      float through[EIGHTS * 2] = {}, factor[EIGHTS * 2], weight[EIGHTS * 2];
-#pragma unroll
-      for (int i = 0; i < EIGHTS; ++i) {
+      struct Factors {
+        float2 state, all;  // of what is read or written of the state; with the weight of what is written
+      };
+      const auto factors_of = [&](int i) {
         const float2 L = *reinterpret_cast<const float2*>(&decays.L[i * 8 + col]);
         const float2 w = *reinterpret_cast<const float2*>(&decays.w[i * 8 + col]);
-        factor[2 * i] = exp_(reads ? L.x : end - L.x), factor[2 * i + 1] = exp_(reads ? L.y : end - L.y);
-        weight[2 * i] = factor[2 * i] * (reads ? 1.f : w.x), weight[2 * i + 1] = factor[2 * i + 1] * (reads ? 1.f : w.y);
-      }
+        const float2 f = {exp_(reads ? L.x : end - L.x), exp_(reads ? L.y : end - L.y)};
+        return Factors{f, {f.x * (reads ? 1.f : w.x), f.y * (reads ? 1.f : w.y)}};
+      };
+      constexpr int kFold = R == 1 ? 8 : EIGHTS * 2;  // sums for tokens; without ranks of a half of them at a time
+      Factors factors[R == 1 ? 1 : EIGHTS];
+      float through[kFold];
+      if constexpr (R > 1)
+#pragma unroll
+        for (int i = 0; i < EIGHTS; ++i) factors[i] = factors_of(i);
 #pragma unroll
       for (int b = 0; b < 4; ++b) {
         unsigned from[4];
         rows_p.columns(from, b * 16, p0);
+        if (b == 0 || (R == 1 && b == 2))
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float2 f = Two::unpack(from[e]);
-          float* o = &y[2 * b + e % 2][e / 2 * 2];
-          const int i = (2 * b + e % 2) % EIGHTS * 2;
-          through[i] += f.x * o[0], through[i + 1] += f.y * o[1];
-          o[0] *= weight[i], o[1] *= weight[i + 1];
+          for (int i = 0; i < kFold; ++i) through[i] = 0.f;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int eight = (2 * b + half) % EIGHTS, i = eight * 2 % kFold;
+          const Factors f = R == 1 ? factors_of(eight) : factors[eight % (R == 1 ? 1 : EIGHTS)];
+#pragma unroll
+          for (int e = half; e < 4; e += 2) {
+            const float2 v = Two::unpack(from[e]);
+            float* o = &y[2 * b + half][e / 2 * 2];
+            through[i] += v.x * o[0], through[i + 1] += v.y * o[1];
+            o[0] *= f.all.x, o[1] *= f.all.y;
+          }
+          if (R == 1) through[i] *= f.state.x, through[i + 1] *= f.state.y;
         }
-      }
+        if (b == 3 || (R == 1 && b == 1)) {
+          if constexpr (R > 1)
 #pragma unroll
-      for (int i = 0; i < EIGHTS * 2; ++i) through[i] *= factor[i];
-      constexpr int kFold = EIGHTS * 2 < 8 ? EIGHTS * 2 : 8;
-#pragma unroll
-      for (int from = 0; from < EIGHTS * 2; from += kFold) {
-        float part[kFold];
-#pragma unroll
-        for (int i = 0; i < kFold; ++i) part[i] = through[from + i];
-        const float all = fold(part);
-        const int i = from + folded<kFold>();
-        if (row % (8 / kFold) == 0) in.states[side][warp][i / 2 * 8 + col + i % 2] = all;
+            for (int i = 0; i < EIGHTS; ++i) through[2 * i] *= factors[i].state.x, through[2 * i + 1] *= factors[i].state.y;
+          const float all = fold(through);
+          const int i = (R == 1 ? b / 2 * 8 : 0) + folded<kFold>();
+          if (row % (8 / kFold) == 0) in.states[side][warp][i / 2 * 8 + col + i % 2] = all;
+        }
       }
     }
     publish();
@@ -846,15 +856,15 @@ __global__ void __launch_bounds__(384, 1) gradient(const __grid_constant__ Argum
   auto& s = *reinterpret_cast<GradientShared<Sh>*>(bytes);
   const Place here = place<Sh>(a);
   if (here.chunks == 0) return;
-  if (threadIdx.x == 0) s.states.make(), s.done = 0;
+  if (threadIdx.x == 0) s.states.make(), s.done = 0, s.here = here;
   publish();
   __syncthreads();
   if (threadIdx.x < 256) {
-    take_registers<208>();
-    multiply<Sh>(a, s, here, __shfl_sync(~0u, threadIdx.x / 128, 0) == 0);  // known to be one for the warp
+    take_registers<Sh::kTurns ? 200 : 216>();
+    multiply<Sh>(a, s, s.here, __shfl_sync(~0u, threadIdx.x / 128, 0) == 0);  // known to be one for the warp
   } else {
-    give_registers<88>();
-    make_tiles<Sh>(a, s, here);
+    give_registers<Sh::kTurns ? 104 : 72>();
+    make_tiles<Sh>(a, s, s.here);
   }
 }
 

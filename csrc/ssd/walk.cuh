@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
   __syncthreads();
 
   if (threadIdx.x >= 128) {
-    if constexpr (N <= 128) give_registers<104>();
+    if constexpr (N <= 128) give_registers<96>();
     const T* from = back ? at<const T>(a.C) + seq.row * a.C_b + seq.first * a.C_s + g * a.C_g
                          : at<const T>(a.B) + seq.row * a.B_b + seq.first * a.B_s + g * a.B_g;
     const int per_token = int(back ? a.C_s : a.B_s), per_rank = int(back ? a.C_r : a.B_r);
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
       arrive_at(kFull + n % kStages, 256);
     }
   } else {
-    if constexpr (N <= 128) take_registers<152>();
+    if constexpr (N <= 128) take_registers<160>();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, col = lane % 4 * 2;
     const T* x = back ? at<const T>(a.dy) + seq.row * a.dy_b + seq.first * a.dy_s + h * a.dy_h + p_first
                       : at<const T>(a.x) + seq.row * a.x_b + seq.first * a.x_s + h * a.x_h + p_first;

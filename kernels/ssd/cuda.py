@@ -211,7 +211,9 @@ def _scan_backward(
     if turned:
         partial |= dict(ddt_turned=new(units, tokens), dangle_sum=new(sizes.angle_rows, tokens, sizes.pairs))
         partial["total"] = new(sizes.chunks, units, sizes.pairs)
-        sums |= {name: added(units, max(4, sizes.rank), sizes.d_state) for name in ("dB_bias", "dC_bias")}  # a row a warp
+        sums |= {
+            name: added(units, max(4, sizes.rank), sizes.d_state) for name in ("dB_bias", "dC_bias")
+        }  # a row a warp
     if mimo:
         sums |= {name: added(heads, sizes.rank, sizes.headdim) for name in ("dpsi", "dzeta", "dphi")}
     if D is not None:

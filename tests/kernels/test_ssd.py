@@ -512,7 +512,7 @@ def test_sizes(batch, length, rank, model, groups, heads_per_group, headdim, bou
     B = torch.empty(batch, length, rank, groups, 32, device="meta")
     one = sizes_of(model, torch.empty(batch, length, heads, headdim, device="meta"), B, None, None)
     assert one.units * one.splits * groups == one.all_units == heads * max(1, headdim // 64)
-    assert one.units <= 16 and one.span == 2 * one.chunk and one.chunk * rank == 64
+    assert one.units <= 16 and one.every in (1, 2) and one.span == one.every * one.chunk and one.chunk * rank == 64
     assert one.total == batch * one.spans and one.spans * one.span >= length > (one.spans - 1) * one.span
     ends = torch.tensor(sorted({*bounds, 0} | {length}))
     ends = ends[ends <= length]

@@ -187,7 +187,8 @@ SHAPES = [
 @pytest.mark.parametrize("model, shape", SHAPES, ids=str)
 def test_shapes(model, shape, poisoned):
     """Lengths about chunks and spans, every P, N and rank, heads that share groups, what is optional."""
-    judge(model, draws(model, **shape))
+    # of one token, the gradient of Mamba-2's A is <S, dS> alone: both are rounded for it, where PyTorch rounds S
+    judge(model, draws(model, **shape), factor=2.5 if model == "mamba2" and shape["S"] == 1 else 2.0)
 
 
 @every_model
@@ -598,7 +599,7 @@ def test_without_gradients(model, poisoned):
 @built_models
 def test_in_two_parts(model, poisoned):
     """From the state that the first part leaves: for every way to cut, as near as in one."""
-    made = inputs(model, S=200, state=True)
+    made = draws(model, S=200, state=True)
 
     def parts(at):
         def run(initial_state, **made):
@@ -609,7 +610,7 @@ def test_in_two_parts(model, poisoned):
         return run
 
     for at in (1, 64, 129):
-        judge(model, [made], run=parts(at), factor=3.0)
+        judge(model, made, run=parts(at), factor=3.0)
 
 
 @built_models
