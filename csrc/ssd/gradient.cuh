@@ -20,7 +20,7 @@
 namespace nam56r::ssd {
 
 struct Place {
-  int sequence, group, split, blocks, chunk, chunks, first, heads;  // the first chunk, how many; the first unit
+  int sequence, group, split, blocks, chunk, chunks, first;  // the first chunk, how many; the first unit
   long long span;
   Sequence seq;
 };

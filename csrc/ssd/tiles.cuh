@@ -109,8 +109,8 @@ struct Rows {
   // Adds the biases and turns, from one tile to another or in place.
   __device__ void turn(Tile<ROWS, N>& to, const Tile<ROWS, N>& from, const Bias& bias, const Turns<Sh>& turns) const {
     using T = typename Sh::T;
-    constexpr bool kApart_ = Sh::MODEL == kMimo;  // pairs N / 2 apart, or adjacent
-    constexpr int kAngles = kApart_ ? 8 : 4;
+    constexpr bool kDistant = Sh::MODEL == kMimo;  // pairs N / 2 apart, or adjacent
+    constexpr int kAngles = kDistant ? 8 : 4;
     if constexpr (Sh::kTurns)
       if (mine())
 #pragma unroll
@@ -128,18 +128,18 @@ struct Rows {
             for (int e = 0; e < 8; ++e) x[e] += bias.x[piece][e];
           };
           biased(x[0], 0);
-          if constexpr (kApart_) biased(x[1], 1);
+          if constexpr (kDistant) biased(x[1], 1);
 #pragma unroll
           for (int e = 0; e < kAngles; ++e) {
             const unsigned four[4] = {turn[e / 4].x, turn[e / 4].y, turn[e / 4].z, turn[e / 4].w};
             const float2 f = Turns<Sh>::unpack(four[e % 4]);
-            float& a = kApart_ ? x[0][e] : x[0][2 * e % 8];
-            float& b = kApart_ ? x[1][e] : x[0][(2 * e + 1) % 8];
+            float& a = kDistant ? x[0][e] : x[0][2 * e % 8];
+            float& b = kDistant ? x[1][e] : x[0][(2 * e + 1) % 8];
             const float turned = a * f.x - b * f.y;
             b = a * f.y + b * f.x, a = turned;
           }
           put16(to.unit(row, column), pack8<T>(x[0]));
-          if constexpr (kApart_) put16(to.unit(row, column + on(1)), pack8<T>(x[1]));
+          if constexpr (kDistant) put16(to.unit(row, column + on(1)), pack8<T>(x[1]));
 #pragma unroll
           for (int piece = TURNED; piece < PIECES; ++piece) {
             const uint4 x = raw[piece], b = bias.rounded[piece - TURNED];
