@@ -179,10 +179,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
       {
         float m[ROWS / 8][4];
         start();
-#pragma unroll
-        for (int k = 0; k < N / 16; ++k)
-          k ? Product<T, ROWS>::template shared<kAcross>(m, in.q.descriptor(0, k * 16), in.k.descriptor(0, k * 16))
-            : Product<T, ROWS>::template shared<kAcross, 0>(m, in.q.descriptor(0, 0), in.k.descriptor(0, 0));
+        across<T, N>(m, in.q, in.k);
         finish();
         const int mine[2] = {p[0] % CT, p[1] % CT};  // the rows' tokens
         const float l[2] = {decays.L[mine[0]], decays.L[mine[1]]}, own[2] = {own_weight(decays, mine[0]), own_weight(decays, mine[1])};

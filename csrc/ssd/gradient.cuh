@@ -15,7 +15,7 @@
 // Bound: issue slots, of which each of a scheduler's three warps takes a third; 11.5 MFLOP a chunk and head at N 128.
 #pragma once
 
-#include "ssd/tiles.cuh"
+#include "ssd/accumulators.cuh"
 
 namespace nam56r::ssd {
 
@@ -97,15 +97,6 @@ __device__ inline Place place(const Arguments& a) {
   return p;
 }
 
-// Adds without waiting; one thread of a launch has an address, so there is one order.
-__device__ inline void add(float* to, float x, bool really = true) {
-  asm volatile("{.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p red.global.add.f32 [%0], %1;\n}" :: "l"(to), "f"(x), "r"(int(really)) : "memory");
-}
-
-__device__ inline void add(float* to, float2 x) {
-  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" :: "l"(to), "f"(x.x), "f"(x.y) : "memory");
-}
-
 // Where in a block's work a warpgroup is: chunk j, unit i of the block's.
 struct Step {
   int j = 0, i = 0;
@@ -114,234 +105,6 @@ struct Step {
     if (++i == units) i = 0, ++j;
   }
 };
-
-// Two lanes, `apart` from each other, add half of v each: the lower one the first half. Without halves both add all.
-template <int half, int n>
-__device__ __forceinline__ void exchange(float (&v)[n], int apart) {
-  const bool high = threadIdx.x & apart;
-#pragma unroll
-  for (int i = 0; i < half; ++i) {
-    const float keep = high ? v[i + half] : v[i], send = high ? v[i] : v[i + half];
-    v[i] = keep + __shfl_xor_sync(~0u, send, apart);
-  }
-  if (half == 0) v[0] += __shfl_xor_sync(~0u, v[0], apart);
-}
-
-// Sums v[i] over the eight lanes of a column; gives the one of number folded<n>().
-template <int n>
-__device__ __forceinline__ float fold(float (&v)[n]) {
-  static_assert(n <= 8);
-  exchange<n / 2>(v, 16), exchange<n / 4>(v, 8), exchange<n / 8>(v, 4);
-  return v[0];
-}
-template <int n>
-__device__ inline int folded() { return threadIdx.x % 32 / 4 / (8 / n); }
-
-// Sums v[i] over the four lanes of a row; leaves the n / 4 from over_row_first<n>() on.
-template <int n>
-__device__ __forceinline__ void over_row(float (&v)[n]) { exchange<n / 2>(v, 2), exchange<n / 4>(v, 1); }
-template <int n>
-__device__ inline int over_row_first() { return (threadIdx.x & 2 ? n / 2 : 0) + (threadIdx.x & 1 ? n / 4 : 0); }
-
-__device__ inline float over_quad(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-
-// Accumulators [16][16 k and on] as the A operand of a product that sums over their columns.
-template <typename T>
-__device__ __forceinline__ void operand(unsigned (&to)[4], const float (&left)[4], const float (&right)[4]) {
-  to[0] = Pair<T>::pack(left[0], left[1]), to[1] = Pair<T>::pack(left[2], left[3]);
-  to[2] = Pair<T>::pack(right[0], right[1]), to[3] = Pair<T>::pack(right[2], right[3]);
-}
-
-// Undoes the turn in a warp's 16 rows of the gradient of q or k; leaves the angles' gradient in turned.
-template <class Sh>
-__device__ __forceinline__ void turn_back(
-    float (&d)[Sh::N / 8][4], int first, const Tile<ROWS, Sh::N>& tile, const Turns<Sh>& turns,
-    float2 (&turned)[2][Sh::NA / 8]) {
-  using Two = Pair<typename Sh::T>;
-  constexpr int N = Sh::N;
-  const int lane = threadIdx.x % 32, row = lane / 4, col = lane % 4 * 2;
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    const int r = first + row + 8 * e, t = r % Sh::CT;
-    if constexpr (Sh::MODEL == kMimo) {
-#pragma unroll
-      for (int j = 0; j < N / 32; ++j) {
-        const int c = j * 8 + col;
-        const uint2 turn = *reinterpret_cast<const uint2*>(&turns.x[t][c]);
-        const float2 f = Turns<Sh>::unpack(turn.x), g = Turns<Sh>::unpack(turn.y);
-        const float2 x = Two::unpack(tile.pair(r, c)), y = Two::unpack(tile.pair(r, c + N / 2));
-        float *u = &d[j][2 * e], *v = &d[j + N / 16][2 * e];
-        turned[e][j] = {x.x * v[0] - y.x * u[0], x.y * v[1] - y.y * u[1]};
-        const float2 back = {u[0] * f.x + v[0] * f.y, u[1] * g.x + v[1] * g.y};
-        v[0] = v[0] * f.x - u[0] * f.y, v[1] = v[1] * g.x - u[1] * g.y;
-        u[0] = back.x, u[1] = back.y;
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < N / 16; ++j) {
-        const int c = j * 8 + col;
-        const float2 f = Turns<Sh>::unpack(turns.x[t][c / 2]), x = Two::unpack(tile.pair(r, c));
-        float &u = d[j][2 * e], &v = d[j][2 * e + 1];
-        (j % 2 ? turned[e][j / 2].y : turned[e][j / 2].x) = x.x * v - x.y * u;
-        const float back = u * f.x + v * f.y;
-        v = v * f.x - u * f.y, u = back;
-      }
-    }
-  }
-}
-
-// Where turn_back's lie in turned: pairs of angles, of SISO four apart.
-template <class Sh>
-__device__ __forceinline__ void put_turned(float (&turned)[ROWS][Sh::NA + 4], int first, const float2 (&from)[2][Sh::NA / 8]) {
-  const int lane = threadIdx.x % 32, row = first + lane / 4, t = lane % 4;
-#pragma unroll
-  for (int e = 0; e < 2; ++e)
-#pragma unroll
-    for (int j = 0; j < Sh::NA / 8; ++j) {
-      if constexpr (Sh::MODEL == kMimo)
-        *reinterpret_cast<float2*>(&turned[row + 8 * e][j * 8 + 2 * t]) = from[e][j];
-      else
-        turned[row + 8 * e][j * 8 + t] = from[e][j].x, turned[row + 8 * e][j * 8 + 4 + t] = from[e][j].y;
-    }
-}
-
-// The sums of the columns of a warp's 16 rows: the bias's gradient. A warp has one of max(R, 4) rows of it, at 8 ranks two.
-// `room` is the warp's: 16 rows of turned.
-template <class Sh>
-__device__ __forceinline__ void add_bias(const float (&d)[Sh::N / 8][4], float* of_unit, float* room) {
-  constexpr int kRows = Sh::R > 4 ? 2 : 1, WIDE = Sh::N / 2, AT = WIDE + 8, EACH = WIDE / 32 > 1 ? WIDE / 32 : 1;
-  const int lane = threadIdx.x % 32, row = lane / 4, col = lane % 4 * 2, warp = threadIdx.x / 32 % 4;
-#pragma unroll
-  for (int r = 0; r < kRows; ++r)
-#pragma unroll
-    for (int n = 0; n < Sh::N; n += WIDE) {
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < WIDE / 8; ++i) {
-        const float(&from)[4] = d[n / 8 + i];
-        *reinterpret_cast<float2*>(&room[row * AT + i * 8 + col]) =
-            kRows == 2 ? float2{from[2 * r], from[2 * r + 1]} : float2{from[0] + from[2], from[1] + from[3]};
-      }
-      __syncwarp();
-      float part[8][EACH], sum[EACH];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float* from = &room[i * AT + (WIDE >= 32 ? lane : lane % WIDE) * EACH];
-        if constexpr (EACH == 1)
-          part[i][0] = *from;
-        else
-#pragma unroll
-          for (int e = 0; e < EACH; e += 2) {
-            const float2 two = *reinterpret_cast<const float2*>(from + e);
-            part[i][e] = two.x, part[i][e + 1] = two.y;
-          }
-      }
-#pragma unroll
-      for (int e = 0; e < EACH; ++e)
-        sum[e] = ((part[0][e] + part[1][e]) + (part[2][e] + part[3][e])) + ((part[4][e] + part[5][e]) + (part[6][e] + part[7][e]));
-      float* to = of_unit + (warp * kRows + r) * Sh::N + n + lane * EACH;
-      if constexpr (EACH == 1)
-        add(to, sum[0], WIDE >= 32 || lane < WIDE);
-      else
-#pragma unroll
-        for (int e = 0; e < EACH; e += 2) add(to + e, float2{sum[e], sum[e + 1]});
-    }
-  __syncwarp();
-}
-
-// The angles' gradients of a chunk and head: summed over ranks and both sides, then over the chunk's later tokens. Every
-// thread of a warpgroup has two angles; PARTS threads share them, LONG tokens each.
-template <class Sh>
-__device__ __forceinline__ void angle_gradients(
-    const float (&q)[ROWS][Sh::NA + 4], const float (&k)[ROWS][Sh::NA + 4], const float* bends, int per_token,
-    const Decays<Sh>& decays, float* dangle, bool set, float* total, float (&by_token)[4][Sh::CT], int live) {
-  constexpr int kAll = 256 / Sh::NA, PARTS = kAll < Sh::CT ? kAll : Sh::CT, LONG = Sh::CT / PARTS;
-  const int part = threadIdx.x % PARTS, index = threadIdx.x % 128 / PARTS * 2;
-  if (kAll != PARTS && index >= Sh::NA) {
-    wait_at(kTurned, 384);
-    arrive_at(kRead, 384);
-    return;
-  }
-  float2 c[LONG], bend[LONG];
-  bends += part * LONG * per_token + index;
-#pragma unroll
-  for (int i = 0; i < LONG; ++i)
-    bend[i] = part * LONG + i < live ? float2{bends[i * per_token], bends[i * per_token + 1]} : float2{};
-  wait_at(kTurned, 384);
-#pragma unroll
-  for (int i = LONG - 1; i >= 0; --i) {
-    float2 of_q[Sh::R], of_k[Sh::R];
-#pragma unroll
-    for (int r = 0; r < Sh::R; ++r) {
-      const int row = r * Sh::CT + part * LONG + i;
-      of_q[r] = *reinterpret_cast<const float2*>(&q[row][index]), of_k[r] = *reinterpret_cast<const float2*>(&k[row][index]);
-    }
-    c[i] = i + 1 < LONG ? c[i + 1] : float2{};
-#pragma unroll
-    for (int r = 0; r < Sh::R; ++r) c[i].x += of_q[r].x + of_k[r].x, c[i].y += of_q[r].y + of_k[r].y;
-  }
-  arrive_at(kRead, 384);
-  float2 after = c[0];
-#pragma unroll
-  for (int d = 1; d < PARTS; d *= 2) {
-    const float2 other = {__shfl_down_sync(~0u, after.x, d, PARTS), __shfl_down_sync(~0u, after.y, d, PARTS)};
-    if (part + d < PARTS) after.x += other.x, after.y += other.y;
-  }
-  if (part == 0) *reinterpret_cast<float2*>(total + index) = after;
-  after.x -= c[0].x, after.y -= c[0].y;
-#pragma unroll
-  for (int i = 0; i < LONG; ++i) {
-    const int t = part * LONG + i;
-    const float2 all = {c[i].x + after.x, c[i].y + after.y};
-    const float2 sum = {decays.dt[t] * all.x, decays.dt[t] * all.y};
-    float* to = dangle + t * Sh::NA + index;
-    if (t < live) {
-      if (set) *reinterpret_cast<float2*>(to) = sum;
-      else add(to, sum);
-    }
-    float of_token = bend[i].x * all.x + bend[i].y * all.y;
-#pragma unroll
-    for (int d = PARTS; d < 32; d *= 2) of_token += __shfl_xor_sync(~0u, of_token, d);
-    if (threadIdx.x % 32 / PARTS == 0) by_token[threadIdx.x / 32 % 4][t] = of_token;
-  }
-}
-
-// Stores a warp's 16 rows of the gradient of B or C.
-template <class Sh>
-__device__ void store_rows(
-    const float (&d)[Sh::N / 8][4], void* to, bool whole, int per_token, int per_rank, int first, int live) {
-  using T = typename Sh::T;
-  const int lane = threadIdx.x % 32, row = lane / 4, col = lane % 4 * 2;
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    const int r = first + row + 8 * e, t = r % Sh::CT;
-    if (t >= live) continue;
-    const int from = t * per_token + r / Sh::CT * per_rank + col;
-#pragma unroll
-    for (int j = 0; j < Sh::N / 8; ++j) {
-      if (whole)
-        *reinterpret_cast<unsigned*>(at<T>(to) + from + 8 * j) = Pair<T>::pack(d[j][2 * e], d[j][2 * e + 1]);
-      else
-        *reinterpret_cast<float2*>(at<float>(to) + from + 8 * j) = {d[j][2 * e], d[j][2 * e + 1]};
-    }
-  }
-}
-
-// A warp's 16 columns of a tile, from p0 on, to memory.
-template <class Sh>
-__device__ __forceinline__ void store_columns(
-    typename Sh::T* to, long long per_token, const Tile<Sh::CT, P>& tile, int p0, int live, int width) {
-  const int lane = threadIdx.x % 32, c = p0 + lane % 2 * 8;
-  __syncwarp();
-#pragma unroll
-  for (int tb = 0; tb < Sh::TB; ++tb) {
-    const int t = tb * 16 + lane / 2;
-    if (t < Sh::CT && t < live && c < width) put16(to + t * per_token + c, get16(tile.unit(t, c)));
-  }
-}
 
 // The warpgroup that makes tiles.
 template <class Sh>
@@ -523,14 +286,7 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
     {
       float m[ROWS / 8][4], dm[ROWS / 8][4];
       start();
-#pragma unroll
-      for (int k = 0; k < N / 16; ++k)
-        k ? Product<T, ROWS>::template shared<kAcross>(m, rows.descriptor(0, k * 16), others.descriptor(0, k * 16))
-          : Product<T, ROWS>::template shared<kAcross, 0>(m, rows.descriptor(0, 0), others.descriptor(0, 0));
-#pragma unroll
-      for (int k = 0; k < P / 16; ++k)
-        k ? Product<T, ROWS>::template shared<kAcross>(dm, rows_p.descriptor(0, k * 16), others_p.descriptor(0, k * 16))
-          : Product<T, ROWS>::template shared<kAcross, 0>(dm, rows_p.descriptor(0, 0), others_p.descriptor(0, 0));
+      across<T, N>(m, rows, others), across<T, P>(dm, rows_p, others_p);
       finish();
       if (Sh::kTurns && it) wait_at(kRead, 384);  // what was turned back for the head before
 
@@ -583,10 +339,7 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
     if (!reads) {  // <S, G>, the diagonal of a product
       float both[P / 8][4], energy = 0.f;
       start();
-#pragma unroll
-      for (int k = 0; k < N / 16; ++k)
-        k ? Product<T, P>::template shared<kAcross>(both, s.S.descriptor(0, k * 16), s.G.descriptor(0, k * 16))
-          : Product<T, P>::template shared<kAcross, 0>(both, s.S.descriptor(0, 0), s.G.descriptor(0, 0));
+      across<T, N>(both, s.S, s.G);
       finish();
 #pragma unroll
       for (int n = 0; n < P / 8; ++n)
@@ -599,10 +352,7 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
 
     float y[ROWS / 8][4];
     start();
-#pragma unroll
-    for (int k = 0; k < N / 16; ++k)
-      k ? Product<T, ROWS>::template shared<kAcross>(y, state.descriptor(0, k * 16), rows.descriptor(0, k * 16))
-        : Product<T, ROWS>::template shared<kAcross, 0>(y, state.descriptor(0, 0), rows.descriptor(0, 0));
+    across<T, N>(y, state, rows);
     finish();
     // y and dv of the states, by columns; what tokens read of S, write to G
     {
@@ -728,12 +478,7 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
               dz[e].x += back.x * both[r][e / 2], dz[e].y += back.y * both[r][e / 2];
             }
           }
-          if (CT < 16)
-#pragma unroll
-            for (int e = 0; e < 4; e += 2) {
-              dz[e].x += dz[e + 1].x, dz[e].y += dz[e + 1].y;
-              dz[e + 1] = dz[e];
-            }
+          if (CT < 16) both_halves(dz);
 #pragma unroll
           for (int e = 0; e < 4; ++e) zs[e] = Two::pack(dz[e].x, dz[e].y);
           if (gated) in.z.put_columns(zs, tb * 16, p0);
@@ -777,12 +522,7 @@ __device__ __forceinline__ void multiply(const Arguments& a, GradientShared<Sh>&
             dx[e].x += dv.x * psi, dx[e].y += dv.y * psi;
           }
         }
-        if (CT < 16)
-#pragma unroll
-          for (int e = 0; e < 4; e += 2) {
-            dx[e].x += dx[e + 1].x, dx[e].y += dx[e + 1].y;
-            dx[e + 1] = dx[e];
-          }
+        if (CT < 16) both_halves(dx);
 #pragma unroll
         for (int e = 0; e < 4; ++e) packed[e] = Two::pack(dx[e].x, dx[e].y);
         out.put_columns(packed, tb * 16, p0);

@@ -79,4 +79,14 @@ template <typename T, int n> struct Product;
 NAM56R_PRODUCTS(BFloat16, "bf16")
 NAM56R_PRODUCTS(Float16, "f16")
 
+// d = a b^T over `columns` columns of both tiles, 64 rows of a; between start and finish.
+template <typename T, int columns, int eights, class A, class B>
+__device__ __forceinline__ void across(float (&d)[eights][4], const A& a, const B& b) {
+  using Of = Product<T, 8 * eights>;
+#pragma unroll
+  for (int k = 0; k < columns / 16; ++k)
+    k ? Of::template shared<kAcross>(d, a.descriptor(0, k * 16), b.descriptor(0, k * 16))
+      : Of::template shared<kAcross, 0>(d, a.descriptor(0, 0), b.descriptor(0, 0));
+}
+
 }  // namespace nam56r::ssd

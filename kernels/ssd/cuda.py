@@ -53,9 +53,8 @@ def dense(t: torch.Tensor | None, strided: bool = True) -> torch.Tensor | None:
     fits = t.data_ptr() % 16 == 0 and (t.is_contiguous() if not strided else t.stride(-1) == 1)
     if strided:
         fits = fits and all(at * size % 16 == 0 for at, n in zip(t.stride()[:-1], t.shape) if n > 1)
-        fits = (
-            fits and max(t.stride()[1:-1]) < 2**24
-        )  # within a chunk of at most 64 tokens the kernels count in 32 bits
+        # within a chunk of at most 64 tokens the kernels count in 32 bits
+        fits = fits and max(t.stride()[1:-1]) < 2**24
     if fits:
         return t
     return t.clone(memory_format=torch.contiguous_format)
@@ -211,9 +210,8 @@ def _scan_backward(
     if turned:
         partial |= dict(ddt_turned=new(units, tokens), dangle_sum=new(sizes.angle_rows, tokens, sizes.pairs))
         partial["total"] = new(sizes.chunks, units, sizes.pairs)
-        sums |= {
-            name: added(units, max(4, sizes.rank), sizes.d_state) for name in ("dB_bias", "dC_bias")
-        }  # a row a warp
+        rows = max(4, sizes.rank)  # one a warp
+        sums |= {name: added(units, rows, sizes.d_state) for name in ("dB_bias", "dC_bias")}
     if mimo:
         sums |= {name: added(heads, sizes.rank, sizes.headdim) for name in ("dpsi", "dzeta", "dphi")}
     if D is not None:
