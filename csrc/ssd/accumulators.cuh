@@ -15,13 +15,6 @@ __device__ __forceinline__ void both_halves(float2 (&of_tokens)[4]) {
   }
 }
 
-// Accumulators [16][16 k and on] as the A operand of a product that sums over their columns.
-template <typename T>
-__device__ __forceinline__ void operand(unsigned (&to)[4], const float (&left)[4], const float (&right)[4]) {
-  to[0] = Pair<T>::pack(left[0], left[1]), to[1] = Pair<T>::pack(left[2], left[3]);
-  to[2] = Pair<T>::pack(right[0], right[1]), to[3] = Pair<T>::pack(right[2], right[3]);
-}
-
 // Undoes the turn in a warp's 16 rows of the gradient of q or k; leaves the angles' gradient in turned.
 template <class Sh>
 __device__ __forceinline__ void turn_back(
@@ -37,7 +30,7 @@ __device__ __forceinline__ void turn_back(
 #pragma unroll
       for (int j = 0; j < N / 32; ++j) {
         const int c = j * 8 + col;
-        const uint2 turn = *reinterpret_cast<const uint2*>(&turns.x[t][c]);
+        const uint2 turn = *reinterpret_cast<const uint2*>(&turns.x[t][Turns<Sh>::at(c)]);
         const float2 f = Turns<Sh>::unpack(turn.x), g = Turns<Sh>::unpack(turn.y);
         const float2 x = Two::unpack(tile.pair(r, c)), y = Two::unpack(tile.pair(r, c + N / 2));
         float *u = &d[j][2 * e], *v = &d[j + N / 16][2 * e];
@@ -50,7 +43,7 @@ __device__ __forceinline__ void turn_back(
 #pragma unroll
       for (int j = 0; j < N / 16; ++j) {
         const int c = j * 8 + col;
-        const float2 f = Turns<Sh>::unpack(turns.x[t][c / 2]), x = Two::unpack(tile.pair(r, c));
+        const float2 f = Turns<Sh>::unpack(turns.x[t][Turns<Sh>::at(c / 2)]), x = Two::unpack(tile.pair(r, c));
         float &u = d[j][2 * e], &v = d[j][2 * e + 1];
         (j % 2 ? turned[e][j / 2].y : turned[e][j / 2].x) = x.x * v - x.y * u;
         const float back = u * f.x + v * f.y;
@@ -122,59 +115,72 @@ __device__ __forceinline__ void add_bias(const float (&d)[Sh::N / 8][4], float* 
 // The angles' gradients of a chunk and head: summed over ranks and both sides, then over the chunk's later tokens. Every
 // thread of a warpgroup has two angles; PARTS threads share them, LONG tokens each.
 template <class Sh>
-__device__ __forceinline__ void angle_gradients(
-    const float (&q)[ROWS][Sh::NA + 4], const float (&k)[ROWS][Sh::NA + 4], const float* bends, int per_token,
-    const Decays<Sh>& decays, float* dangle, bool set, float* total, float (&by_token)[4][Sh::CT], int live) {
-  constexpr int kAll = 256 / Sh::NA, PARTS = kAll < Sh::CT ? kAll : Sh::CT, LONG = Sh::CT / PARTS;
-  const int part = threadIdx.x % PARTS, index = threadIdx.x % 128 / PARTS * 2;
-  if (kAll != PARTS && index >= Sh::NA) {
-    wait_at(kTurned, 384);
-    arrive_at(kRead, 384);
-    return;
-  }
-  float2 c[LONG], bend[LONG];
-  bends += part * LONG * per_token + index;
+struct AngleGradients {
+  static constexpr int kAll = 256 / Sh::NA, PARTS = kAll < Sh::CT ? kAll : Sh::CT, LONG = Sh::CT / PARTS;
+  static constexpr int kWarps = (Sh::NA / 2 * PARTS + 31) / 32;  // that have angles
+  using Turned = float[ROWS][Sh::NA + 4];
+  float2 bend[LONG];  // tanh(angle)
+  float dt[LONG];
+
+  __device__ static bool mine() { return kAll == PARTS || index() < Sh::NA; }
+  __device__ static int part() { return threadIdx.x % PARTS; }
+  __device__ static int index() { return threadIdx.x % 128 / PARTS * 2; }
+  __device__ static int token(int i) { return part() * LONG + i; }
+
+  // `bends` at the chunk's first token.
+  __device__ __forceinline__ void load(const float* bends, int per_token, const Decays<Sh>& decays, int live) {
+    if (!mine()) return;
 #pragma unroll
-  for (int i = 0; i < LONG; ++i)
-    bend[i] = part * LONG + i < live ? float2{bends[i * per_token], bends[i * per_token + 1]} : float2{};
-  wait_at(kTurned, 384);
-#pragma unroll
-  for (int i = LONG - 1; i >= 0; --i) {
-    float2 of_q[Sh::R], of_k[Sh::R];
-#pragma unroll
-    for (int r = 0; r < Sh::R; ++r) {
-      const int row = r * Sh::CT + part * LONG + i;
-      of_q[r] = *reinterpret_cast<const float2*>(&q[row][index]), of_k[r] = *reinterpret_cast<const float2*>(&k[row][index]);
+    for (int i = 0; i < LONG; ++i) {
+      const float* from = bends + token(i) * per_token + index();
+      bend[i] = token(i) < live ? float2{from[0], from[1]} : float2{};
+      dt[i] = decays.dt[token(i)];
     }
-    c[i] = i + 1 < LONG ? c[i + 1] : float2{};
-#pragma unroll
-    for (int r = 0; r < Sh::R; ++r) c[i].x += of_q[r].x + of_k[r].x, c[i].y += of_q[r].y + of_k[r].y;
   }
-  arrive_at(kRead, 384);
-  float2 after = c[0];
+
+  // Adds to dangle (or sets it) at the chunk's first token; by_token gets each warp's part of a token's step's gradient.
+  __device__ __forceinline__ void sum(
+      const Turned& q, const Turned& k, float* dangle, bool set, float* total, float (&by_token)[4][Sh::CT], int live) const {
+    wait_at(kTurned, 256);
+    float2 c[LONG];
+    if (mine())
 #pragma unroll
-  for (int d = 1; d < PARTS; d *= 2) {
-    const float2 other = {__shfl_down_sync(~0u, after.x, d, PARTS), __shfl_down_sync(~0u, after.y, d, PARTS)};
-    if (part + d < PARTS) after.x += other.x, after.y += other.y;
-  }
-  if (part == 0) *reinterpret_cast<float2*>(total + index) = after;
-  after.x -= c[0].x, after.y -= c[0].y;
+      for (int i = LONG - 1; i >= 0; --i) {
+        float2 of_q[Sh::R], of_k[Sh::R];
 #pragma unroll
-  for (int i = 0; i < LONG; ++i) {
-    const int t = part * LONG + i;
-    const float2 all = {c[i].x + after.x, c[i].y + after.y};
-    const float2 sum = {decays.dt[t] * all.x, decays.dt[t] * all.y};
-    float* to = dangle + t * Sh::NA + index;
-    if (t < live) {
-      if (set) *reinterpret_cast<float2*>(to) = sum;
-      else add(to, sum);
+        for (int r = 0; r < Sh::R; ++r) {
+          const int row = r * Sh::CT + token(i);
+          of_q[r] = *reinterpret_cast<const float2*>(&q[row][index()]), of_k[r] = *reinterpret_cast<const float2*>(&k[row][index()]);
+        }
+        c[i] = i + 1 < LONG ? c[i + 1] : float2{};
+#pragma unroll
+        for (int r = 0; r < Sh::R; ++r) c[i].x += of_q[r].x + of_k[r].x, c[i].y += of_q[r].y + of_k[r].y;
+      }
+    arrive_at(kRead, 256);
+    if (!mine()) return;
+    float2 after = c[0];
+#pragma unroll
+    for (int d = 1; d < PARTS; d *= 2) {
+      const float2 other = {__shfl_down_sync(~0u, after.x, d, PARTS), __shfl_down_sync(~0u, after.y, d, PARTS)};
+      if (part() + d < PARTS) after.x += other.x, after.y += other.y;
     }
-    float of_token = bend[i].x * all.x + bend[i].y * all.y;
+    if (part() == 0) *reinterpret_cast<float2*>(total + index()) = after;
+    after.x -= c[0].x, after.y -= c[0].y;
 #pragma unroll
-    for (int d = PARTS; d < 32; d *= 2) of_token += __shfl_xor_sync(~0u, of_token, d);
-    if (threadIdx.x % 32 / PARTS == 0) by_token[threadIdx.x / 32 % 4][t] = of_token;
+    for (int i = 0; i < LONG; ++i) {
+      const float2 all = {c[i].x + after.x, c[i].y + after.y}, by_step = {dt[i] * all.x, dt[i] * all.y};
+      float* to = dangle + token(i) * Sh::NA + index();
+      if (token(i) < live) {
+        if (set) *reinterpret_cast<float2*>(to) = by_step;
+        else add(to, by_step);
+      }
+      float of_token = bend[i].x * all.x + bend[i].y * all.y;
+#pragma unroll
+      for (int d = PARTS; d < 32; d *= 2) of_token += __shfl_xor_sync(~0u, of_token, d);
+      if (threadIdx.x % 32 / PARTS == 0) by_token[threadIdx.x / 32 % 4][token(i)] = of_token;
+    }
   }
-}
+};
 
 // Stores a warp's 16 rows of the gradient of B or C.
 template <class Sh>

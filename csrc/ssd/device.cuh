@@ -8,6 +8,10 @@ namespace nam56r::ssd {
 struct BFloat16 { unsigned short bits; };
 struct Float16 { unsigned short bits; };
 
+template <bool kIs> struct Bool {
+  __device__ constexpr operator bool() const { return kIs; }
+};
+
 template <typename T> struct Pair;  // two elements in a register, the first in the low half
 
 template <> struct Pair<Float16> {
@@ -59,8 +63,8 @@ __device__ inline void wait_copies() { asm volatile("cp.async.wait_group %0;" ::
 
 // Barriers by number, of `threads` that wait or have only arrived: a stage's tiles are there, a stage is free (four of
 // each), the threads that multiply are at one point (two warpgroups of them in `gradient`), those that turn are, and in
-// `gradient` what is turned back can be read, has been read.
-constexpr int kFull = 1, kEmpty = 5, kProducts = 9, kTurning = 11, kTurned = 12, kRead = 13;
+// `gradient` what is turned back can be read, has been read, and the same of the scores.
+constexpr int kFull = 1, kEmpty = 5, kProducts = 9, kTurning = 11, kTurned = 12, kRead = 13, kScores = 14, kScoresRead = 15;
 __device__ inline void wait_at(int number, int threads) {
   asm volatile("bar.sync %0, %1;" :: "r"(number), "r"(threads) : "memory");
 }
@@ -115,6 +119,13 @@ struct alignas(1024) Tile {
         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
         : "r"(shared_address(unit(row + lane % (ROWS < 16 ? 8 : 16), column + lane / 16 * 8))) : "memory");
   }
+  // The same in the order of a product's A operand: the second has the column g + 8, the third the rows + 8.
+  __device__ void operand_columns(unsigned (&r)[4], int row, int column) const {
+    const int lane = threadIdx.x % 32;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+        : "r"(shared_address(unit(row + lane % 8 + (ROWS < 16 ? 0 : lane / 16 * 8), column + lane / 8 % 2 * 8))) : "memory");
+  }
   __device__ void put_columns(const unsigned (&r)[4], int row, int column) {
     const int lane = threadIdx.x % 32;
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
@@ -135,12 +146,14 @@ struct alignas(1024) Tile {
   }
 };
 
-// e^x and 1 / x to about 2^-22 of themselves; results below 2^-126 are 0.
-__device__ inline float exp_(float x) {
+// 2^x, e^x and 1 / x to about 2^-22 of themselves; results below 2^-126 are 0.
+__device__ inline float exp2_(float x) {
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+constexpr float LOG2_E = 1.4426950408889634f;
+__device__ inline float exp_(float x) { return exp2_(x * LOG2_E); }
 __device__ inline float reciprocal(float x) {
   float y;
   asm volatile("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // volatile: where a gate is asked for, no branch around it

@@ -4,9 +4,10 @@
 //   scores = q k^T   y^T = v^T (mix * scores)^T + e^L (S q^T) + D v^T   S <- e^(L_end) S + (e^(L_end - L) w v)^T k
 // One warpgroup makes q and k, a chunk ahead: copies B and C, adds the biases, turns them. The other has all four
 // products. y is made transposed, [P, rows], so that S [P, N], which stays in registers in fp32, is, rounded, the A operand
-// of S q^T as it lies there, and so that a thread has all ranks of its tokens: the sum over ranks is its own.
+// of S q^T as it lies there, and so that a thread has all ranks of its tokens: the sum over ranks is its own. With ranks
+// there are registers enough for work while products run: decays while the scores are made, gates while the state is.
 // Shared memory: q and k, twice where two blocks then still fit an SM; x, z, which y leaves through; the scores; the angles.
-// Bound: issue slots: turning on the one side, decays and gates on the other.
+// Bound: latency: turning on the one side (busy 91 %), decays and gates on the other; shared memory 75 %.
 #pragma once
 
 #include "ssd/tiles.cuh"
@@ -19,12 +20,19 @@ struct ForwardShared {
     Tile<ROWS, Sh::N> q, k;
   };
   static constexpr int kStages = Sh::N > 128 ? 1 : 2;
+  static constexpr int kIn = Sh::R > 1 && kStages == 2 ? 3 : 1;  // of x and z; without ranks there is no room for more
   Stage stage[kStages];
   Tile<ROWS, ROWS> scores;
-  Tile<Sh::CT, P> x, z;
+  struct {
+    Tile<Sh::CT, P> x, z;
+  } in[kIn];
   Decays<Sh> decays[kStages];
   Turns<Sh> turns;
   Parameters<Sh> parameters;
+  struct Gates {  // phi silu(z zeta) is open + z height / (1 + 2^(z steep)); D psi
+    using Of = float[Parameters<Sh>::kRows][Parameters<Sh>::kColumns];
+    Of open, height, steep, through;
+  } gates;
   struct {  // where the sequence lies; not in registers, of which there are too few
     const typename Sh::T *B, *C, *x, *z;
     typename Sh::T* y;
@@ -32,7 +40,7 @@ struct ForwardShared {
     float* bases;
     long long tokens;
     int length;
-  } in;
+  } where;
 };
 
 template <typename T, int MODEL, int R, int N>
@@ -43,7 +51,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
   constexpr int CT = Sh::CT, TB = Sh::TB, NA = Sh::NA, EIGHTS = Sh::EIGHTS;
   extern __shared__ __align__(1024) char bytes[];
   auto& s = *reinterpret_cast<ForwardShared<Sh>*>(bytes);
-  constexpr int kStages = ForwardShared<Sh>::kStages;
+  constexpr int kStages = ForwardShared<Sh>::kStages, kIn = ForwardShared<Sh>::kIn;
 
   const int H = int(a.H), all_p = int(a.P), every = int(a.every), blocks = gridDim.x / H;
   const int h = blockIdx.x / blocks, p_first = blockIdx.x % blocks * P, width = min(P, all_p), g = h / int(a.heads_per_group);
@@ -54,7 +62,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
 
   copy_parameters<Sh, 256>(s.parameters, a, h, p_first, width);
   if (threadIdx.x == 0)
-    s.in = {at<const T>(a.B) + seq.row * a.B_b + seq.first * a.B_s + g * a.B_g,
+    s.where = {at<const T>(a.B) + seq.row * a.B_b + seq.first * a.B_s + g * a.B_g,
             at<const T>(a.C) + seq.row * a.C_b + seq.first * a.C_s + g * a.C_g,
             at<const T>(a.x) + seq.row * a.x_b + seq.first * a.x_s + h * a.x_h + p_first,
             at<const T>(a.z) + seq.row * a.z_b + seq.first * a.z_s + h * a.z_h + p_first,
@@ -64,22 +72,37 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
             at<float>(a.bases) + (span * every * H + h) * NA,
             tokens,
             seq.length};
-  const auto& here = s.in;
+  const auto& here = s.where;
   commit();
   wait_copies();
   __syncthreads();
+  if constexpr (Sh::kRanks) {
+    for (int i = threadIdx.x; i < R * P; i += 256) {
+      const int r = i / P, c = i % P;
+      const float phi = s.parameters.phi[r][c], zeta = s.parameters.zeta[r][c];
+      s.gates.open[r][c] = a.z ? 0.f : phi, s.gates.height[r][c] = phi * zeta, s.gates.steep[r][c] = -LOG2_E * zeta;
+      s.gates.through[r][c] = s.parameters.skip[c] * s.parameters.psi[r][c];
+    }
+    __syncthreads();
+  }
+
+  const auto copy_in = [&](int chunk) {
+    const int t = chunk * CT, live = here.length - t;
+    copy_tokens<Sh>(s.in[chunk % kIn].x, here.x + t * a.x_s, int(a.x_s), live, width);
+    if (a.z) copy_tokens<Sh>(s.in[chunk % kIn].z, here.z + t * a.z_s, int(a.z_s), live, width);
+  };
 
   if (threadIdx.x >= 128) {
     if constexpr (N <= 128) give_registers<Sh::kTurns ? 88 : 64>();
     const Row row;
-    typename Row::Bias bias;
+    typename Row::Bias bias[1];
     Angles<Sh> angle;
     float base = 0.f;
     const auto load = [&](int chunk) {
       angle.load(here.angles + (long long)chunk * CT * a.a_s, int(a.a_s), here.steps + chunk * CT, here.length - chunk * CT);
     };
     if constexpr (Sh::kTurns) {
-      row.load(bias, at<const float>(row.tile ? a.B_bias : a.C_bias) + (long long)h * R * N);
+      row.load(bias[0], at<const float>(row.tile ? a.B_bias : a.C_bias) + (long long)h * R * N);
       if (a.angle && Angles<Sh>::mine())
         base = fraction(at<const float>(a.angle)[unit * NA + Angles<Sh>::index()] * 0.15915494309189535f);
       load(0);
@@ -92,6 +115,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
       copy_rows<Sh>(stage.q, here.C + t * a.C_s, int(a.C_s), int(a.C_r), live);
       copy_rows<Sh>(stage.k, here.B + t * a.B_s, int(a.B_s), int(a.B_r), live);
       copy_decays<Sh>(s.decays[chunk % kStages], a, here.tokens + t, live);
+      if (kIn > 1) copy_in(chunk);  // where that of three chunks before was, of which y has left
       commit();
       if constexpr (Sh::kTurns) {
         if (a.save && Angles<Sh>::mine() && threadIdx.x % Angles<Sh>::SEG == 0 && p_first == 0)
@@ -102,7 +126,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
       }
       wait_copies();
       wait_at(kTurning, 128);
-      row.turn(tile, tile, bias, s.turns);
+      row.turn({&tile}, {&tile}, bias, s.turns);
       publish();
       arrive_at(kFull + chunk % kStages, 256);
     }
@@ -114,6 +138,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
     const int y_s = H * all_p;
     const bool gated = a.z;
     const float plain = gated ? 0.f : 1.f;
+    constexpr bool kMeanwhile = R > 1;  // without ranks the registers are too few
 
     // the thread's columns of P: p[0] and p[1]
     const int p0 = warp * 16, p[2] = {p0 + row, p0 + row + 8};
@@ -129,17 +154,11 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
             S[j][2 * e] = v.x, S[j][2 * e + 1] = v.y;
           }
     const auto parameter = [&](const auto& of, int r, int e) { return Sh::kRanks ? of[r][p[e]] : 1.f; };
-    const auto copy = [&](int chunk) {
-      const int t = chunk * CT, live = here.length - t;
-      copy_tokens<Sh>(s.x, here.x + t * a.x_s, int(a.x_s), live, width);
-      if (gated) copy_tokens<Sh>(s.z, here.z + t * a.z_s, int(a.z_s), live, width);
-      commit();
-    };
-
-    if (chunks) copy(0);
+    if (kIn == 1 && chunks) copy_in(0), commit();
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const auto& in = s.stage[chunk % kStages];
       const auto& decays = s.decays[chunk % kStages];
+      auto &x = s.in[chunk % kIn].x, &z = s.in[chunk % kIn].z;
       wait_at(kFull + chunk % kStages, 256);
 
       // S q^T, by columns
@@ -158,30 +177,42 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
         k ? Product<T, ROWS>::template held<kAcross>(out, st[k], in.q.descriptor(0, k * 16))
           : Product<T, ROWS>::template held_first<kAcross>(out, st[k], in.q.descriptor(0, 0));
       finish();
-      if (a.save && chunk % every == 0 && (chunk == 0 || (numbered + chunk / every) % a.segment_spans == 0)) {
-        const long long part = (numbered + chunk / every) / a.segment_spans + (a.cu ? blockIdx.y : blockIdx.y * a.segments);
-        float* to = at<float>(a.saved) + ((part * H + h) * all_p + p_first + p[0]) * N + col;
+      const float end = decays.L[CT - 1], decay = exp_(end);
+      const auto age = [&] {  // S is kept where a segment starts; then it and y take their decays
+        if (a.save && chunk % every == 0 && (chunk == 0 || (numbered + chunk / every) % a.segment_spans == 0)) {
+          const long long part = (numbered + chunk / every) / a.segment_spans + (a.cu ? blockIdx.y : blockIdx.y * a.segments);
+          float* to = at<float>(a.saved) + ((part * H + h) * all_p + p_first + p[0]) * N + col;
+#pragma unroll
+          for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+              if (p[e] < width) *reinterpret_cast<float2*>(to + 8 * e * N + 8 * j) = {S[j][2 * e], S[j][2 * e + 1]};
+        }
+#pragma unroll
+        for (int i = 0; i < EIGHTS; ++i) {
+          const float2 L = *reinterpret_cast<const float2*>(&decays.L[i * 8 + col]), grow = {exp_(L.x), exp_(L.y)};
+#pragma unroll
+          for (int r = 0; r < R; ++r)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) out[r * EIGHTS + i][e] *= e % 2 ? grow.y : grow.x;
+        }
 #pragma unroll
         for (int j = 0; j < N / 8; ++j)
 #pragma unroll
-          for (int e = 0; e < 2; ++e)
-            if (p[e] < width) *reinterpret_cast<float2*>(to + 8 * e * N + 8 * j) = {S[j][2 * e], S[j][2 * e + 1]};
-      }
-#pragma unroll
-      for (int i = 0; i < EIGHTS; ++i) {
-        const float2 L = *reinterpret_cast<const float2*>(&decays.L[i * 8 + col]), grow = {exp_(L.x), exp_(L.y)};
-#pragma unroll
-        for (int r = 0; r < R; ++r)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) out[r * EIGHTS + i][e] *= e % 2 ? grow.y : grow.x;
-      }
+          for (int e = 0; e < 4; ++e) S[j][e] *= decay;
+      };
+      if (!kMeanwhile) age();
       // scores, by rows
       {
         float m[ROWS / 8][4];
         start();
         across<T, N>(m, in.q, in.k);
-        finish();
+        close();
+        if (kMeanwhile) age();
+        settle();
         const int mine[2] = {p[0] % CT, p[1] % CT};  // the rows' tokens
+        int at_row = p[0];
+        if (!kMeanwhile) asm volatile("" : "+r"(at_row));  // or addresses are made ahead, and spilled
         const float l[2] = {decays.L[mine[0]], decays.L[mine[1]]}, own[2] = {own_weight(decays, mine[0]), own_weight(decays, mine[1])};
 #pragma unroll
         for (int i = 0; i < EIGHTS; ++i) {
@@ -199,21 +230,20 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
               const float(&x)[4] = m[r * EIGHTS + i];
-              s.scores.put(p[e], (r * EIGHTS + i) * 8 + col, Two::pack(x[2 * e] * mix[2 * e], x[2 * e + 1] * mix[2 * e + 1]));
+              s.scores.put(at_row + 8 * e, (r * EIGHTS + i) * 8 + col, Two::pack(x[2 * e] * mix[2 * e], x[2 * e + 1] * mix[2 * e + 1]));
             }
         }
       }
       publish();
-      wait_copies();
+      if (kIn == 1) wait_copies();
       wait_at(kProducts, 128);
 
       // v^T [16 columns of P, rows], and weighed for the state
       unsigned v[4][4], weighed[4][4];
-      const float end = decays.L[CT - 1], decay = exp_(end);
 #pragma unroll
       for (int tb = 0; tb < TB; ++tb) {
         unsigned xs[4];
-        s.x.columns(xs, tb * 16, p0);
+        x.columns(xs, tb * 16, p0);
         float w[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -231,13 +261,10 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
             weighed[b][e / 2 + e % 2 * 2] = Two::pack(f.x * w[e % 2 * 2], f.y * w[e % 2 * 2 + 1]);
           }
       }
-#pragma unroll
-      for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) S[j][e] *= decay;
       start();
 #pragma unroll
       for (int c = 0; c < 4; ++c) Product<T, ROWS>::template held<kAcross>(out, v[c], s.scores.descriptor(0, c * 16));
+      close();
       constexpr int kWide = N < 64 ? N : 64;
 #pragma unroll
       for (int c = 0; c < 4; ++c)
@@ -245,15 +272,22 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
         for (int n = 0; n < N; n += kWide)
           Product<T, kWide>::template held<kAlong>(
               reinterpret_cast<float(&)[kWide / 8][4]>(S[n / 8]), weighed[c], in.k.descriptor(c * 16, n));
-      finish();
-      arrive_at(kEmpty + chunk % kStages, 256);
+      close();
+      const auto leave = [&] {
+        settle();
+        keep(weighed);
+        arrive_at(kEmpty + chunk % kStages, 256);
+      };
+      settle<kMeanwhile>();
+      keep(v);
+      if (!kMeanwhile) leave();
 
-      // gates, and the sum over ranks; y leaves through x's place
+      // gates, and the sum over ranks, while the state's product runs; y leaves through x's place
 #pragma unroll
       for (int tb = 0; tb < TB; ++tb) {
         unsigned xs[4], zs[4] = {}, ys[4];
-        s.x.columns(xs, tb * 16, p0);
-        if (gated) s.z.columns(zs, tb * 16, p0);
+        x.columns(xs, tb * 16, p0);
+        if (gated) z.columns(zs, tb * 16, p0);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const float2 xt = Two::unpack(xs[e]), zt = Two::unpack(zs[e]);
@@ -261,9 +295,11 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
           const auto add = [&](int b, int half) {  // the tokens of that half of the block
             const int r = Sh::rank(2 * b + half);
             const float* o = &out[2 * b + half][e / 2 * 2];
-            const float through = s.parameters.skip[p[e / 2]] * parameter(s.parameters.psi, r, e / 2);
-            const float zeta = parameter(s.parameters.zeta, r, e / 2), phi = parameter(s.parameters.phi, r, e / 2);
-            sum.x += (o[0] + through * xt.x) * phi * silu(zt.x * zeta, plain), sum.y += (o[1] + through * xt.y) * phi * silu(zt.y * zeta, plain);
+            const auto of = [&](const auto& of_rank, float without) { return Sh::kRanks ? of_rank[r][p[e / 2]] : without; };
+            const float open = of(s.gates.open, plain), height = of(s.gates.height, 1.f), steep = of(s.gates.steep, -LOG2_E);
+            const float through = of(s.gates.through, s.parameters.skip[p[e / 2]]);
+            sum.x += (o[0] + through * xt.x) * (open + zt.x * height * reciprocal(1.f + exp2_(zt.x * steep)));
+            sum.y += (o[1] + through * xt.y) * (open + zt.y * height * reciprocal(1.f + exp2_(zt.y * steep)));
           };
 #pragma unroll
           for (int b = tb; b < 4; b += TB) {
@@ -272,18 +308,19 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
           }
           ys[e] = Two::pack(sum.x, sum.y);
         }
-        s.x.put_columns(ys, tb * 16, p0);
+        x.put_columns(ys, tb * 16, p0);
+        if (kMeanwhile && tb == 0) leave();
       }
       __syncwarp();
 #pragma unroll
       for (int tb = 0; tb < TB; ++tb) {
         const int t = tb * 16 + lane / 2, c = p0 + lane % 2 * 8;
         if (t < CT && chunk * CT + t < here.length && c < width)
-          put16(here.y + (long long)(chunk * CT) * y_s + t * y_s + c, get16(s.x.unit(t, c)));
+          put16(here.y + (long long)(chunk * CT) * y_s + t * y_s + c, get16(x.unit(t, c)));
       }
-      if (chunk + 1 < chunks) {
+      if (kIn == 1 && chunk + 1 < chunks) {
         wait_at(kProducts, 128);  // all have stored y
-        copy(chunk + 1);
+        copy_in(chunk + 1), commit();
       }
     }
 

@@ -59,6 +59,10 @@ struct Turns {  // of a chunk: cos and sin in a register's halves; rows padded s
   static constexpr int kPad = Sh::CT * Sh::N > 8192 ? 0 : 4;  // there is no room where both are large
   unsigned x[Sh::kTurns ? Sh::CT : 1][Sh::NA + kPad];
 
+  // Where an angle lies. Of every second eight the halves are exchanged: four tokens apart by two, of two eights, then
+  // lie in different banks.
+  __device__ static constexpr int at(int angle) { return angle ^ (angle >> 3 & 1) << 2; }
+
   __device__ static unsigned pack(float cos, float sin) { return Pair<Float16>::pack(cos, sin); }
   __device__ static float2 unpack(unsigned turn) { return Pair<Float16>::unpack(turn); }
 };
@@ -68,13 +72,14 @@ struct Decays {
   float L[Sh::CT], w[Sh::CT], own[Sh::CT], dt[Sh::CT];  // L past the end is that of the last token
 };
 
-// What one of 128 threads turns of a chunk's rows, of q or of k or of both (TILES): always the same columns of
-// one rank, so that it can keep their biases, of ITEMS tokens. Its columns are 8 from each of PIECES; what is turned is the
-// first piece, for MIMO with the second. The eight lanes that access shared memory at a time have units in different banks.
-template <class Sh, int TILES>
+// What one of 128 threads turns of a chunk's rows, of all tiles there are or (DIVIDED 2) of q or k: always the same columns
+// of one rank, so that it can keep their biases, of ITEMS tokens. Its columns are 8 from each of PIECES; what is turned is the first piece, for MIMO
+// with the second. The eight lanes that access shared memory at a time have units in different banks.
+template <class Sh, int DIVIDED = 1>
 struct Rows {
+  using T = typename Sh::T;
   static constexpr int N = Sh::N, PIECES = Sh::MODEL == kMimo ? 4 : 2, STRIPS = N / 8 / PIECES, TURNED = PIECES / 2;
-  static constexpr int kAll = 128 / (STRIPS * Sh::R * TILES), LANES = kAll < Sh::CT ? kAll : Sh::CT, ITEMS = Sh::CT / LANES;
+  static constexpr int kAll = 128 / (STRIPS * Sh::R * DIVIDED), LANES = kAll < Sh::CT ? kAll : Sh::CT, ITEMS = Sh::CT / LANES;
   static constexpr int kApart = LANES < 8 ? 8 / LANES : 1;
   static_assert(kAll >= 1);
   int tile, rank, column, first;  // which of the tiles; the first item's token
@@ -89,62 +94,69 @@ struct Rows {
   }
   __device__ static constexpr int on(int piece) { return piece == 0 ? 0 : piece == 1 ? N / 2 : piece == 2 ? N / 4 : 3 * N / 4; }
 
-  struct Bias {  // of what isn't turned rounded: it is added to pairs of elements
-    float x[TURNED][8];
-    uint4 rounded[PIECES - TURNED];
-  };
-  __device__ void load(Bias& bias, const float* of_head) const {  // [R][N]
+  using Bias = uint4[PIECES];  // rounded: it is added to pairs of elements
+  struct Coming {  // from memory
+    float x[PIECES][8];
+
+    __device__ void load(const Rows& row, const float* of_head) {  // [R][N]
 #pragma unroll
-    for (int piece = 0; piece < PIECES; ++piece) {
-      float x[8];
-      nam56r::ssd::load(x, of_head + rank * N + column + on(piece));
-      if (piece >= TURNED)
-        bias.rounded[piece - TURNED] = pack8<typename Sh::T>(x);
-      else
-#pragma unroll
-        for (int e = 0; e < 8; ++e) bias.x[piece][e] = x[e];
+      for (int piece = 0; piece < PIECES; ++piece) nam56r::ssd::load(x[piece], of_head + row.rank * N + row.column + on(piece));
     }
+    __device__ void round(Bias& bias) {
+#pragma unroll
+      for (int piece = 0; piece < PIECES; ++piece) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) asm volatile("" : "+f"(x[piece][e]));  // not before what comes before
+        bias[piece] = pack8<T>(x[piece]);
+      }
+    }
+  };
+  __device__ void load(Bias& bias, const float* of_head) const {
+    Coming x;
+    x.load(*this, of_head), x.round(bias);
   }
 
-  // Adds the biases and turns, from one tile to another or in place.
-  __device__ void turn(Tile<ROWS, N>& to, const Tile<ROWS, N>& from, const Bias& bias, const Turns<Sh>& turns) const {
-    using T = typename Sh::T;
+  // Adds the biases and turns, from tiles to others or in place; kAtOnce items without a branch.
+  template <int kAtOnce = ITEMS, int kTiles>
+  __device__ __forceinline__ void turn(
+      Tile<ROWS, N>* const (&to)[kTiles], const Tile<ROWS, N>* const (&from)[kTiles], const Bias (&bias)[kTiles], const Turns<Sh>& turns) const {
     constexpr bool kDistant = Sh::MODEL == kMimo;  // pairs N / 2 apart, or adjacent
     constexpr int kAngles = kDistant ? 8 : 4;
     if constexpr (Sh::kTurns)
       if (mine())
-#pragma unroll
+#pragma unroll kAtOnce
         for (int i = 0; i < ITEMS; ++i) {
           const int token = first + later(i), row = rank * Sh::CT + token;
-          uint4 raw[PIECES], turn[kAngles / 4];
+          float2 by[kAngles];
 #pragma unroll
-          for (int n = 0; n < kAngles / 4; ++n) turn[n] = get16(&turns.x[token][column * kAngles / 8 + n * 4]);
-#pragma unroll
-          for (int piece = 0; piece < PIECES; ++piece) raw[piece] = get16(from.unit(row, column + on(piece)));
-          float x[2][8];
-          const auto biased = [&](float (&x)[8], int piece) {
-            unpack8<T>(x, raw[piece]);
-#pragma unroll
-            for (int e = 0; e < 8; ++e) x[e] += bias.x[piece][e];
-          };
-          biased(x[0], 0);
-          if constexpr (kDistant) biased(x[1], 1);
-#pragma unroll
-          for (int e = 0; e < kAngles; ++e) {
-            const unsigned four[4] = {turn[e / 4].x, turn[e / 4].y, turn[e / 4].z, turn[e / 4].w};
-            const float2 f = Turns<Sh>::unpack(four[e % 4]);
-            float& a = kDistant ? x[0][e] : x[0][2 * e % 8];
-            float& b = kDistant ? x[1][e] : x[0][(2 * e + 1) % 8];
-            const float turned = a * f.x - b * f.y;
-            b = a * f.y + b * f.x, a = turned;
+          for (int n = 0; n < kAngles; n += 4) {
+            const uint4 four = get16(&turns.x[token][Turns<Sh>::at(column * kAngles / 8 + n)]);
+            by[n] = Turns<Sh>::unpack(four.x), by[n + 1] = Turns<Sh>::unpack(four.y);
+            by[n + 2] = Turns<Sh>::unpack(four.z), by[n + 3] = Turns<Sh>::unpack(four.w);
           }
-          put16(to.unit(row, column), pack8<T>(x[0]));
-          if constexpr (kDistant) put16(to.unit(row, column + on(1)), pack8<T>(x[1]));
 #pragma unroll
-          for (int piece = TURNED; piece < PIECES; ++piece) {
-            const uint4 x = raw[piece], b = bias.rounded[piece - TURNED];
-            put16(to.unit(row, column + on(piece)),
-                  {Pair<T>::add(x.x, b.x), Pair<T>::add(x.y, b.y), Pair<T>::add(x.z, b.z), Pair<T>::add(x.w, b.w)});
+          for (int n = 0; n < kTiles; ++n) {
+            uint4 x[PIECES];
+#pragma unroll
+            for (int piece = 0; piece < PIECES; ++piece) x[piece] = get16(from[n]->unit(row, column + on(piece)));
+#pragma unroll
+            for (int piece = 0; piece < PIECES; ++piece) {
+              const uint4 b = bias[n][piece];
+              x[piece] = {Pair<T>::add(x[piece].x, b.x), Pair<T>::add(x[piece].y, b.y), Pair<T>::add(x[piece].z, b.z), Pair<T>::add(x[piece].w, b.w)};
+            }
+            float u[TURNED][8];
+#pragma unroll
+            for (int piece = 0; piece < TURNED; ++piece) unpack8<T>(u[piece], x[piece]);
+#pragma unroll
+            for (int e = 0; e < kAngles; ++e) {
+              float& a = kDistant ? u[0][e] : u[0][2 * e % 8];
+              float& b = kDistant ? u[TURNED - 1][e] : u[0][(2 * e + 1) % 8];
+              const float turned = a * by[e].x - b * by[e].y;
+              b = a * by[e].y + b * by[e].x, a = turned;
+            }
+#pragma unroll
+            for (int piece = 0; piece < PIECES; ++piece)
+              put16(to[n]->unit(row, column + on(piece)), piece < TURNED ? pack8<T>(u[piece % TURNED]) : x[piece]);
           }
         }
   }
@@ -207,7 +219,8 @@ __device__ float own_weight(const Decays<Sh>& d, int t) { return Sh::MODEL == kM
 // A unit's parameters: psi, zeta and phi [R][P] (1 where they are missing) and D [P] (0).
 template <class Sh>
 struct Parameters {
-  float psi[Sh::kRanks ? Sh::R : 1][P], zeta[Sh::kRanks ? Sh::R : 1][P], phi[Sh::kRanks ? Sh::R : 1][P], skip[P];
+  static constexpr int kRows = Sh::kRanks ? Sh::R : 1, kColumns = Sh::kRanks ? P : 4;
+  float psi[kRows][kColumns], zeta[kRows][kColumns], phi[kRows][kColumns], skip[P];
 };
 
 template <class Sh, int THREADS>
@@ -270,7 +283,7 @@ struct Angles {
 #pragma unroll
     for (int i = 0; i < LONG; ++i) {
       const float x = before + sum[i], angle = 6.283185307179586f * (x - rintf(x));
-      turns.x[token(i)][index()] = Turns<Sh>::pack(__cosf(angle), __sinf(angle));
+      turns.x[token(i)][Turns<Sh>::at(index())] = Turns<Sh>::pack(__cosf(angle), __sinf(angle));
     }
     return all;
   }

@@ -12,8 +12,15 @@ namespace nam56r::ssd {
 
 __device__ inline void start() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void close() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ inline void settle() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+template <int kNewer = 0>  // all but the groups closed last
+__device__ inline void settle() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(kNewer) : "memory"); }
 __device__ inline void finish() { close(), settle(); }
+// Registers that products read as they run: nothing else may lie in them until then.
+template <int n>
+__device__ __forceinline__ void keep(unsigned (&a)[n][4]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3]));
+}
 // What ordinary stores wrote to shared memory is there for the products of threads past the next barrier.
 __device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -35,16 +42,16 @@ template <typename T, int n> struct Product;
 // l0 ... are the numbers of the asm's operands past d's: descriptors, a's registers, b_is, add.
 #define NAM56R_PRODUCT(T, type, n, list, l0, l1, l2, l3, l4, l5, l6) \
   template <> struct Product<T, n> { \
-    template <int b_is, int add = 1> \
+    template <int b_is, int add = 1, int a_is = kAcross> \
     __device__ static void shared(float (&d)[n / 8][4], unsigned long long a, unsigned long long b) { \
       if constexpr (add) \
         asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type \
-                     " {" list "}, " l0 ", " l1 ", 1, 1, 1, 0, " l2 ";" \
-                     : NAM56R_D##n(NAM56R_OLD) : "l"(a), "l"(b), "n"(b_is)); \
+                     " {" list "}, " l0 ", " l1 ", 1, 1, 1, " l3 ", " l2 ";" \
+                     : NAM56R_D##n(NAM56R_OLD) : "l"(a), "l"(b), "n"(b_is), "n"(a_is)); \
       else \
         asm volatile("{.reg .pred p;\nsetp.ne.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type \
-                     " {" list "}, " l0 ", " l1 ", p, 1, 1, 0, " l2 ";\n}" \
-                     : NAM56R_D##n(NAM56R_NEW) : "l"(a), "l"(b), "n"(b_is)); \
+                     " {" list "}, " l0 ", " l1 ", p, 1, 1, " l3 ", " l2 ";\n}" \
+                     : NAM56R_D##n(NAM56R_NEW) : "l"(a), "l"(b), "n"(b_is), "n"(a_is)); \
     } \
     template <int b_is> \
     __device__ static void held(float (&d)[n / 8][4], const unsigned (&a)[4], unsigned long long b) { \
@@ -79,14 +86,17 @@ template <typename T, int n> struct Product;
 NAM56R_PRODUCTS(BFloat16, "bf16")
 NAM56R_PRODUCTS(Float16, "f16")
 
-// d = a b^T over `columns` columns of both tiles, 64 rows of a; between start and finish.
+// d = a b^T, 64 rows of a; between start and finish: the k-th 16 columns of both tiles, or all `columns`.
+template <typename T, int eights, class A, class B>
+__device__ __forceinline__ void product_across(float (&d)[eights][4], const A& a, const B& b, int k) {
+  using Of = Product<T, 8 * eights>;
+  k ? Of::template shared<kAcross>(d, a.descriptor(0, k * 16), b.descriptor(0, k * 16))
+    : Of::template shared<kAcross, 0>(d, a.descriptor(0, 0), b.descriptor(0, 0));
+}
 template <typename T, int columns, int eights, class A, class B>
 __device__ __forceinline__ void across(float (&d)[eights][4], const A& a, const B& b) {
-  using Of = Product<T, 8 * eights>;
 #pragma unroll
-  for (int k = 0; k < columns / 16; ++k)
-    k ? Of::template shared<kAcross>(d, a.descriptor(0, k * 16), b.descriptor(0, k * 16))
-      : Of::template shared<kAcross, 0>(d, a.descriptor(0, 0), b.descriptor(0, 0));
+  for (int k = 0; k < columns / 16; ++k) product_across<T>(d, a, b, k);
 }
 
 }  // namespace nam56r::ssd

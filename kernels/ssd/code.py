@@ -14,7 +14,7 @@ CAPABILITY = (9, 0)  # its kernels are made of wgmma, which later devices lack
 ROOM = 227 * 1024  # bytes of shared memory that a block may have there
 RANKS, HEADDIMS, STATES = (1, 2, 4, 8), (32, 64, 128), (32, 64, 128, 256)
 PASSES = ("forward",), ("walk", "gradient")  # what is compiled together
-THREADS = {"forward": 256, "walk": 256, "gradient": 384}  # of a block
+THREADS = {"forward": 256, "walk": 256, "gradient": 512}  # of a block
 REGISTERED = extension.has("ssd_built", "ssd_kernel", "ssd_load", "ssd_shared", "ssd_launch")
 
 

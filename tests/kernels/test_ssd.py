@@ -404,7 +404,7 @@ SHAPE = Shape(torch.bfloat16, 2, 4, 128)
 def test_launched(monkeypatch):
     """What the extension's launcher gets: addresses and numbers by FIELDS, and each kernel's grid."""
     launched = []
-    loaded = {("forward",): (Code(5, 256, 1000),), ("walk", "gradient"): (Code(6, 256, 6), Code(7, 384, 7))}
+    loaded = {("forward",): (Code(5, 256, 1000),), ("walk", "gradient"): (Code(6, 256, 6), Code(7, 512, 7))}
     monkeypatch.setattr(cuda, "code", lambda kernels, shape, capability: loaded[kernels])
     monkeypatch.setattr(torch.ops.nam56r, "ssd_launch", lambda *given: launched.append(given), raising=False)
     x, B = torch.zeros(2, 70, 34, 128, dtype=torch.bfloat16), torch.zeros(2, 70, 4, 2, 64, dtype=torch.bfloat16)
@@ -414,7 +414,7 @@ def test_launched(monkeypatch):
         launch(kernels, sizes, fields)
     # 17 heads of 2 units, 2 at a time; 3 spans of 32 tokens
     assert [given[1:7] for given in launched] == [
-        (5, 68, 2, 1, 256, 1000), (6, 68, 2, 2, 256, 6), (7, 2 * 17, 2 * 3, 1, 384, 7),
+        (5, 68, 2, 1, 256, 1000), (6, 68, 2, 2, 256, 6), (7, 2 * 17, 2 * 3, 1, 512, 7),
     ]  # fmt: skip
     for on, *_, numbers in launched:
         assert on is x and len(numbers) == len(cuda.FIELDS)
