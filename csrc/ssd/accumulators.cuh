@@ -120,7 +120,6 @@ struct AngleGradients {
   static constexpr int kWarps = (Sh::NA / 2 * PARTS + 31) / 32;  // that have angles
   using Turned = float[ROWS][Sh::NA + 4];
   float2 bend[LONG];  // tanh(angle)
-  float dt[LONG];
 
   __device__ static bool mine() { return kAll == PARTS || index() < Sh::NA; }
   __device__ static int part() { return threadIdx.x % PARTS; }
@@ -128,19 +127,18 @@ struct AngleGradients {
   __device__ static int token(int i) { return part() * LONG + i; }
 
   // `bends` at the chunk's first token.
-  __device__ __forceinline__ void load(const float* bends, int per_token, const Decays<Sh>& decays, int live) {
+  __device__ __forceinline__ void load(const float* bends, int per_token, int live) {
     if (!mine()) return;
 #pragma unroll
     for (int i = 0; i < LONG; ++i) {
       const float* from = bends + token(i) * per_token + index();
       bend[i] = token(i) < live ? float2{from[0], from[1]} : float2{};
-      dt[i] = decays.dt[token(i)];
     }
   }
 
   // Adds to dangle (or sets it) at the chunk's first token; by_token gets each warp's part of a token's step's gradient.
   __device__ __forceinline__ void sum(
-      const Turned& q, const Turned& k, float* dangle, bool set, float* total, float (&by_token)[4][Sh::CT], int live) const {
+      const Turned& q, const Turned& k, const Decays<Sh>& decays, float* dangle, bool set, float* total, float (&by_token)[4][Sh::CT], int live) const {
     wait_at(kTurned, 256);
     float2 c[LONG];
     if (mine())
@@ -168,7 +166,9 @@ struct AngleGradients {
     after.x -= c[0].x, after.y -= c[0].y;
 #pragma unroll
     for (int i = 0; i < LONG; ++i) {
-      const float2 all = {c[i].x + after.x, c[i].y + after.y}, by_step = {dt[i] * all.x, dt[i] * all.y};
+      const float2 all = {c[i].x + after.x, c[i].y + after.y};
+      const float dt = decays.dt[token(i)];
+      const float2 by_step = {dt * all.x, dt * all.y};
       float* to = dangle + token(i) * Sh::NA + index();
       if (token(i) < live) {
         if (set) *reinterpret_cast<float2*>(to) = by_step;

@@ -210,6 +210,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
         close();
         if (kMeanwhile) age();
         settle();
+        if (kIn > 1) wait_at(kProducts, 128);  // the scores before are read
         const int mine[2] = {p[0] % CT, p[1] % CT};  // the rows' tokens
         int at_row = p[0];
         if (!kMeanwhile) asm volatile("" : "+r"(at_row));  // or addresses are made ahead, and spilled

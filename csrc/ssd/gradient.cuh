@@ -221,10 +221,10 @@ __device__ __forceinline__ void make_angles(const Arguments& a, GradientShared<S
         const bool each = a.angle_heads > 1;
         const long long place = each ? unit * a.tokens + token : (here.group * a.splits + here.split) * a.tokens + token;
         AngleGradients<Sh> angles;
-        angles.load(at<const float>(a.angles) + seq.row * a.a_b + (seq.first + start_) * a.a_s + h * a.a_h, int(a.a_s), to.decays, live);
+        angles.load(at<const float>(a.angles) + seq.row * a.a_b + (seq.first + start_) * a.a_s + h * a.a_h, int(a.a_s), live);
         angles.sum(
             s.scratch[0].template as<typename GradientShared<Sh>::Turned>(), s.scratch[1].template as<typename GradientShared<Sh>::Turned>(),
-            at<float>(a.dangle_sum) + place * NA, each || behind.i == 0,
+            to.decays, at<float>(a.dangle_sum) + place * NA, each || behind.i == 0,
             at<float>(a.total) + ((here.span * a.every + behind.j) * a.H * here.blocks + unit) * NA, s.by_token, live);
         wait_at(kAngles, 128);
         if (t < CT && t < live) {
@@ -234,8 +234,8 @@ __device__ __forceinline__ void make_angles(const Arguments& a, GradientShared<S
           at<float>(a.ddt_turned)[unit * a.tokens + token + t] = PI * of_token;
         }
         behind.next(units);
-        if (it >= items) continue;
       }
+    if (it >= items) continue;
     const int j = step.j, unit = here.first + step.i, h = here.blocks == 1 ? unit : unit / 2, p_first = (unit - h * here.blocks) * P;
     const int start_ = (here.chunk + j) * CT, live = seq.length - start_;
     const long long token = h * a.tokens + seq.token + start_, in_row = seq.first + start_;

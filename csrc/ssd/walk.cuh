@@ -172,17 +172,16 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
           for (int e = 0; e < 4; ++e) {
             float2 f = Two::unpack(xs[e]);
             const float2 z = Two::unpack(zs[e]);
-            f.x *= factor[e % 2 * 2], f.y *= factor[e % 2 * 2 + 1];
-            if (has_gates) f.x *= z.x, f.y *= z.y;
+            if (has_gates) f.x *= z.x * factor[e % 2 * 2], f.y *= z.y * factor[e % 2 * 2 + 1];
 #pragma unroll
             for (int b = tb; b < 4; b += TB) {
               const int r = Sh::rank(2 * b + e % 2);
-              float2 scale = {into[r][e / 2], into[r][e / 2]};
-              if (has_gates) {
-                scale.x *= reciprocal(1.f + exp2_(z.x * steep[r][e / 2]));
-                scale.y *= reciprocal(1.f + exp2_(z.y * steep[r][e / 2]));
-              }
-              to[b][e / 2 + e % 2 * 2] = Two::pack(f.x * scale.x, f.y * scale.y);
+              float2 v = {f.x * into[r][e / 2], f.y * into[r][e / 2]};
+              if (has_gates)
+                v.x *= reciprocal(1.f + exp2_(z.x * steep[r][e / 2])), v.y *= reciprocal(1.f + exp2_(z.y * steep[r][e / 2]));
+              else  // last, as in forward.cuh: the states have the same bits
+                v.x *= factor[e % 2 * 2], v.y *= factor[e % 2 * 2 + 1];
+              to[b][e / 2 + e % 2 * 2] = Two::pack(v.x, v.y);
             }
           }
         };
