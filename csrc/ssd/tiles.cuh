@@ -73,8 +73,9 @@ struct Decays {
 };
 
 // What one of 128 threads turns of a chunk's rows, of all tiles there are or (DIVIDED 2) of q or k: always the same columns
-// of one rank, so that it can keep their biases, of ITEMS tokens. Its columns are 8 from each of PIECES; what is turned is the first piece, for MIMO
-// with the second. The eight lanes that access shared memory at a time have units in different banks.
+// of one rank, so that it can keep their biases, of ITEMS tokens. Its columns are 8 from each of PIECES; what is turned is
+// the first piece, for MIMO with the second. The eight lanes that access shared memory at a time have units in different
+// banks.
 template <class Sh, int DIVIDED = 1>
 struct Rows {
   using T = typename Sh::T;
