@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
           Product<T, kWide>::template held<kAlong>(
               reinterpret_cast<float(&)[kWide / 8][4]>(S[m / 8]), weighed[c], s.rows[n % kStages].descriptor(c * 16, m));
       close();
-      if (N > 128) settle();  // two products, which ptxas would wait for one by one
+      if (N > 128) settle();  // ptxas makes these products one by one in any case
       if (n + 1 < chunks) {  // meanwhile the next chunk's
         wait_copies();
         wait_at(kProducts, 128);
