@@ -95,14 +95,14 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
   if (threadIdx.x >= 128) {
     if constexpr (N <= 128) give_registers<Sh::kTurns ? 88 : 64>();
     const Row row;
-    typename Row::Bias bias[1];
+    typename Row::Bias bias;
     Angles<Sh> angle;
     float base = 0.f;
     const auto load = [&](int chunk) {
       angle.load(here.angles + (long long)chunk * CT * a.a_s, int(a.a_s), here.steps + chunk * CT, here.length - chunk * CT);
     };
     if constexpr (Sh::kTurns) {
-      row.load(bias[0], at<const float>(row.tile ? a.B_bias : a.C_bias) + (long long)h * R * N);
+      row.load(bias, at<const float>(row.tile ? a.B_bias : a.C_bias) + (long long)h * R * N);
       if (a.angle && Angles<Sh>::mine())
         base = fraction(at<const float>(a.angle)[unit * NA + Angles<Sh>::index()] * 0.15915494309189535f);
       load(0);
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
       }
       wait_copies();
       wait_at(kTurning, 128);
-      row.turn({&tile}, {&tile}, bias, s.turns);
+      row.turn(tile, tile, bias, s.turns);
       publish();
       arrive_at(kFull + chunk % kStages, 256);
     }

@@ -133,7 +133,7 @@ __device__ __forceinline__ void make_rows(const Arguments& a, GradientShared<Sh>
     const bool first_unit = step.i == 0;
     auto& to = s.stage[stage];
     step.next(units);
-    typename Row::Bias bias[1];
+    typename Row::Bias bias;
     typename Row::Coming coming;
     if constexpr (Sh::kTurns) coming.load(row, at<const float>(row.tile ? a.B_bias : a.C_bias) + h * R * N);
     if (it >= kStages) wait_at(kEmpty + stage, 512);
@@ -159,8 +159,8 @@ __device__ __forceinline__ void make_rows(const Arguments& a, GradientShared<Sh>
       }
     }
     wait_at(kReady + stage, 256);
-    if constexpr (Sh::kTurns) coming.round(bias[0]);
-    row.template turn<1>({&turned}, {from}, bias, to.turns);
+    if constexpr (Sh::kTurns) coming.round(bias);
+    row.template turn<1>(turned, *from, bias, to.turns);
 #pragma unroll 1
     for (int n = 0; n < (CT * 8 + 127) / 128; ++n) {
       const int i = threadIdx.x % 128 + n * 128, t = i / 8, c = i % 8 * 8;

@@ -72,15 +72,14 @@ struct Decays {
   float L[Sh::CT], w[Sh::CT], own[Sh::CT], dt[Sh::CT];  // L past the end is that of the last token
 };
 
-// What one of 128 threads turns of a chunk's rows, of all tiles there are or (DIVIDED 2) of q or k: always the same columns
-// of one rank, so that it can keep their biases, of ITEMS tokens. Its columns are 8 from each of PIECES; what is turned is
-// the first piece, for MIMO with the second. The eight lanes that access shared memory at a time have units in different
-// banks.
-template <class Sh, int DIVIDED = 1>
+// What one of 128 threads turns of a chunk's rows, of q or of k or of both (TILES): always the same columns of one rank, so
+// that it can keep their biases, of ITEMS tokens. Its columns are 8 from each of PIECES; what is turned is the first piece,
+// for MIMO with the second. The eight lanes that access shared memory at a time have units in different banks.
+template <class Sh, int TILES>
 struct Rows {
   using T = typename Sh::T;
   static constexpr int N = Sh::N, PIECES = Sh::MODEL == kMimo ? 4 : 2, STRIPS = N / 8 / PIECES, TURNED = PIECES / 2;
-  static constexpr int kAll = 128 / (STRIPS * Sh::R * DIVIDED), LANES = kAll < Sh::CT ? kAll : Sh::CT, ITEMS = Sh::CT / LANES;
+  static constexpr int kAll = 128 / (STRIPS * Sh::R * TILES), LANES = kAll < Sh::CT ? kAll : Sh::CT, ITEMS = Sh::CT / LANES;
   static constexpr int kApart = LANES < 8 ? 8 / LANES : 1;
   static_assert(kAll >= 1);
   int tile, rank, column, first;  // which of the tiles; the first item's token
@@ -117,10 +116,9 @@ struct Rows {
     x.load(*this, of_head), x.round(bias);
   }
 
-  // Adds the biases and turns, from tiles to others or in place; kAtOnce items without a branch.
-  template <int kAtOnce = ITEMS, int kTiles>
-  __device__ __forceinline__ void turn(
-      Tile<ROWS, N>* const (&to)[kTiles], const Tile<ROWS, N>* const (&from)[kTiles], const Bias (&bias)[kTiles], const Turns<Sh>& turns) const {
+  // Adds the biases and turns, from one tile to another or in place; kAtOnce items without a branch.
+  template <int kAtOnce = ITEMS>
+  __device__ __forceinline__ void turn(Tile<ROWS, N>& to, const Tile<ROWS, N>& from, const Bias& bias, const Turns<Sh>& turns) const {
     constexpr bool kDistant = Sh::MODEL == kMimo;  // pairs N / 2 apart, or adjacent
     constexpr int kAngles = kDistant ? 8 : 4;
     if constexpr (Sh::kTurns)
@@ -135,30 +133,27 @@ struct Rows {
             by[n] = Turns<Sh>::unpack(four.x), by[n + 1] = Turns<Sh>::unpack(four.y);
             by[n + 2] = Turns<Sh>::unpack(four.z), by[n + 3] = Turns<Sh>::unpack(four.w);
           }
+          uint4 x[PIECES];
 #pragma unroll
-          for (int n = 0; n < kTiles; ++n) {
-            uint4 x[PIECES];
+          for (int piece = 0; piece < PIECES; ++piece) x[piece] = get16(from.unit(row, column + on(piece)));
 #pragma unroll
-            for (int piece = 0; piece < PIECES; ++piece) x[piece] = get16(from[n]->unit(row, column + on(piece)));
-#pragma unroll
-            for (int piece = 0; piece < PIECES; ++piece) {
-              const uint4 b = bias[n][piece];
-              x[piece] = {Pair<T>::add(x[piece].x, b.x), Pair<T>::add(x[piece].y, b.y), Pair<T>::add(x[piece].z, b.z), Pair<T>::add(x[piece].w, b.w)};
-            }
-            float u[TURNED][8];
-#pragma unroll
-            for (int piece = 0; piece < TURNED; ++piece) unpack8<T>(u[piece], x[piece]);
-#pragma unroll
-            for (int e = 0; e < kAngles; ++e) {
-              float& a = kDistant ? u[0][e] : u[0][2 * e % 8];
-              float& b = kDistant ? u[TURNED - 1][e] : u[0][(2 * e + 1) % 8];
-              const float turned = a * by[e].x - b * by[e].y;
-              b = a * by[e].y + b * by[e].x, a = turned;
-            }
-#pragma unroll
-            for (int piece = 0; piece < PIECES; ++piece)
-              put16(to[n]->unit(row, column + on(piece)), piece < TURNED ? pack8<T>(u[piece % TURNED]) : x[piece]);
+          for (int piece = 0; piece < PIECES; ++piece) {
+            const uint4 b = bias[piece];
+            x[piece] = {Pair<T>::add(x[piece].x, b.x), Pair<T>::add(x[piece].y, b.y), Pair<T>::add(x[piece].z, b.z), Pair<T>::add(x[piece].w, b.w)};
           }
+          float u[TURNED][8];
+#pragma unroll
+          for (int piece = 0; piece < TURNED; ++piece) unpack8<T>(u[piece], x[piece]);
+#pragma unroll
+          for (int e = 0; e < kAngles; ++e) {
+            float& a = kDistant ? u[0][e] : u[0][2 * e % 8];
+            float& b = kDistant ? u[TURNED - 1][e] : u[0][(2 * e + 1) % 8];
+            const float turned = a * by[e].x - b * by[e].y;
+            b = a * by[e].y + b * by[e].x, a = turned;
+          }
+#pragma unroll
+          for (int piece = 0; piece < PIECES; ++piece)
+            put16(to.unit(row, column + on(piece)), piece < TURNED ? pack8<T>(u[piece % TURNED]) : x[piece]);
         }
   }
 };

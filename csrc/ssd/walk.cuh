@@ -31,7 +31,7 @@ template <typename T, int MODEL, int R, int N>
 __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_constant__ Arguments a) {
   using Sh = Shape<T, MODEL, R, N>;
   using Two = Pair<T>;
-  using Row = Rows<Sh>;
+  using Row = Rows<Sh, 1>;
   constexpr int CT = Sh::CT, TB = Sh::TB, NA = Sh::NA, kStages = WalkShared<Sh>::kStages, kAhead = 2;
   extern __shared__ __align__(1024) char bytes[];
   auto& s = *reinterpret_cast<WalkShared<Sh>*>(bytes);
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
     const float* angles = at<const float>(a.angles) + seq.row * a.a_b + seq.first * a.a_s + h * a.a_h;
     const float* steps = at<const float>(a.DT) + tokens;
     const Row row;
-    typename Row::Bias bias[1];
+    typename Row::Bias bias;
     Angles<Sh> angle;
     float base = 0.f;
     const auto load = [&](int n) {
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
       commit();
     };
     if constexpr (Sh::kTurns) {
-      row.load(bias[0], at<const float>(back ? a.C_bias : a.B_bias) + (long long)h * R * N);
+      row.load(bias, at<const float>(back ? a.C_bias : a.B_bias) + (long long)h * R * N);
       if (chunks > 0) load(0);
     }
 #pragma unroll
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
       }
       wait_copies<kAhead>();
       wait_at(kTurning, 128);
-      row.turn({&s.rows[n % kStages]}, {&s.rows[n % kStages]}, bias, s.turns);
+      row.turn(s.rows[n % kStages], s.rows[n % kStages], bias, s.turns);
       publish();
       arrive_at(kFull + n % kStages, 256);
     }
