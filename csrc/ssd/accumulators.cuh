@@ -15,6 +15,10 @@ __device__ __forceinline__ void both_halves(float2 (&of_tokens)[4]) {
   }
 }
 
+// What is turned back of a tile: the angles' gradient in every row; rows padded so that neighbours lie in different banks.
+template <class Sh>
+using Turned = float[ROWS][Sh::NA + 4];
+
 // Undoes the turn in a warp's 16 rows of the gradient of q or k; leaves the angles' gradient in turned.
 template <class Sh>
 __device__ __forceinline__ void turn_back(
@@ -55,7 +59,7 @@ __device__ __forceinline__ void turn_back(
 
 // Where turn_back's lie in turned: pairs of angles, of SISO four apart.
 template <class Sh>
-__device__ __forceinline__ void put_turned(float (&turned)[ROWS][Sh::NA + 4], int first, const float2 (&from)[2][Sh::NA / 8]) {
+__device__ __forceinline__ void put_turned(Turned<Sh>& turned, int first, const float2 (&from)[2][Sh::NA / 8]) {
   const int lane = threadIdx.x % 32, row = first + lane / 4, t = lane % 4;
 #pragma unroll
   for (int e = 0; e < 2; ++e)
@@ -118,7 +122,6 @@ template <class Sh>
 struct AngleGradients {
   static constexpr int kAll = 256 / Sh::NA, PARTS = kAll < Sh::CT ? kAll : Sh::CT, LONG = Sh::CT / PARTS;
   static constexpr int kWarps = (Sh::NA / 2 * PARTS + 31) / 32;  // that have angles
-  using Turned = float[ROWS][Sh::NA + 4];
   float2 bend[LONG];  // tanh(angle)
 
   __device__ static bool mine() { return kAll == PARTS || index() < Sh::NA; }
@@ -138,7 +141,8 @@ struct AngleGradients {
 
   // Adds to dangle (or sets it) at the chunk's first token; by_token gets each warp's part of a token's step's gradient.
   __device__ __forceinline__ void sum(
-      const Turned& q, const Turned& k, const Decays<Sh>& decays, float* dangle, bool set, float* total, float (&by_token)[4][Sh::CT], int live) const {
+      const Turned<Sh>& q, const Turned<Sh>& k, const Decays<Sh>& decays, float* dangle, bool set, float* total,
+      float (&by_token)[4][Sh::CT], int live) const {
     wait_at(kTurned, 256);
     float2 c[LONG];
     if (mine())
@@ -200,19 +204,6 @@ __device__ void store_rows(
       else
         *reinterpret_cast<float2*>(at<float>(to) + from + 8 * j) = {d[j][2 * e], d[j][2 * e + 1]};
     }
-  }
-}
-
-// A warp's 16 columns of a tile, from p0 on, to memory.
-template <class Sh>
-__device__ __forceinline__ void store_columns(
-    typename Sh::T* to, long long per_token, const Tile<Sh::CT, P>& tile, int p0, int live, int width) {
-  const int lane = threadIdx.x % 32, c = p0 + lane % 2 * 8;
-  __syncwarp();
-#pragma unroll
-  for (int tb = 0; tb < Sh::TB; ++tb) {
-    const int t = tb * 16 + lane / 2;
-    if (t < Sh::CT && t < live && c < width) put16(to + t * per_token + c, get16(tile.unit(t, c)));
   }
 }
 

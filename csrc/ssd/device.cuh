@@ -62,9 +62,11 @@ template <int kNewer = 0>  // all but the groups committed last
 __device__ inline void wait_copies() { asm volatile("cp.async.wait_group %0;" :: "n"(kNewer) : "memory"); }
 
 // Barriers by number, of `threads` that wait or have only arrived: a stage's tiles are there, a stage is free (four of
-// each), the threads that multiply are at one point (two warpgroups of them in `gradient`), those that turn are, and in
-// `gradient` what is turned back can be read, has been read, and the same of the scores.
-constexpr int kFull = 1, kEmpty = 5, kProducts = 9, kTurning = 11, kTurned = 12, kRead = 13, kScores = 14, kScoresRead = 15;
+// each), the threads that multiply are at one point (two warpgroups of them in `gradient`), those that turn are.
+constexpr int kFull = 1, kEmpty = 5, kProducts = 9, kTurning = 11;
+// In `gradient`: what is turned back can be read, has been read; the same of the scores. It has two stages, so that numbers
+// of others' are left: what make_angles has for a stage is there (two of them), its threads are at one point.
+constexpr int kTurned = 12, kRead = 13, kScores = 14, kScoresRead = 15, kReady = 3, kAngles = 7;
 __device__ inline void wait_at(int number, int threads) {
   asm volatile("bar.sync %0, %1;" :: "r"(number), "r"(threads) : "memory");
 }

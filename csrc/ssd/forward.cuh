@@ -30,8 +30,7 @@ struct ForwardShared {
   Turns<Sh> turns;
   Parameters<Sh> parameters;
   struct Gates {  // phi silu(z zeta) is open + z height / (1 + 2^(z steep)); D psi
-    using Of = float[Parameters<Sh>::kRows][Parameters<Sh>::kColumns];
-    Of open, height, steep, through;
+    float open[Sh::R][P], height[Sh::R][P], steep[Sh::R][P], through[Sh::R][P];
   } gates;
   struct {  // where the sequence lies; not in registers, of which there are too few
     const typename Sh::T *B, *C, *x, *z;
@@ -144,15 +143,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
     const int p0 = warp * 16, p[2] = {p0 + row, p0 + row + 8};
     const long long state = (unit * all_p + p_first + p[0]) * N + col;
     float S[N / 8][4] = {};
-    if (a.state)
-#pragma unroll
-      for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          if (p[e] < width) {
-            const float2 v = *reinterpret_cast<const float2*>(at<const float>(a.state) + state + 8 * e * N + 8 * j);
-            S[j][2 * e] = v.x, S[j][2 * e + 1] = v.y;
-          }
+    if (a.state) load_state(S, at<const float>(a.state) + state, p, width);
     const auto parameter = [&](const auto& of, int r, int e) { return Sh::kRanks ? of[r][p[e]] : 1.f; };
     if (kIn == 1 && chunks) copy_in(0), commit();
     for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -181,12 +172,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
       const auto age = [&] {  // S is kept where a segment starts; then it and y take their decays
         if (a.save && chunk % every == 0 && (chunk == 0 || (numbered + chunk / every) % a.segment_spans == 0)) {
           const long long part = (numbered + chunk / every) / a.segment_spans + (a.cu ? blockIdx.y : blockIdx.y * a.segments);
-          float* to = at<float>(a.saved) + ((part * H + h) * all_p + p_first + p[0]) * N + col;
-#pragma unroll
-          for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-              if (p[e] < width) *reinterpret_cast<float2*>(to + 8 * e * N + 8 * j) = {S[j][2 * e], S[j][2 * e + 1]};
+          store_state(at<float>(a.saved) + ((part * H + h) * all_p + p_first + p[0]) * N + col, S, p, width);
         }
 #pragma unroll
         for (int i = 0; i < EIGHTS; ++i) {
@@ -312,25 +298,14 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
         x.put_columns(ys, tb * 16, p0);
         if (kMeanwhile && tb == 0) leave();
       }
-      __syncwarp();
-#pragma unroll
-      for (int tb = 0; tb < TB; ++tb) {
-        const int t = tb * 16 + lane / 2, c = p0 + lane % 2 * 8;
-        if (t < CT && chunk * CT + t < here.length && c < width)
-          put16(here.y + (long long)(chunk * CT) * y_s + t * y_s + c, get16(x.unit(t, c)));
-      }
+      store_columns<Sh>(here.y + (long long)(chunk * CT) * y_s, y_s, x, p0, here.length - chunk * CT, width);
       if (kIn == 1 && chunk + 1 < chunks) {
         wait_at(kProducts, 128);  // all have stored y
         copy_in(chunk + 1), commit();
       }
     }
 
-#pragma unroll
-    for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        if (p[e] < width)
-          *reinterpret_cast<float2*>(at<float>(a.final) + state + 8 * e * N + 8 * j) = {S[j][2 * e], S[j][2 * e + 1]};
+    store_state(at<float>(a.final) + state, S, p, width);
     if (Sh::kTurns && chunks) {
       const auto& in = s.stage[(chunks - 1) % kStages];
       const int last = (seq.length - 1) % CT;

@@ -16,251 +16,9 @@
 // scheduler that with N is busy. So loops stay loops where registers allow it. 11.5 MFLOP a chunk and head at N 128.
 #pragma once
 
-#include "ssd/accumulators.cuh"
+#include "ssd/heads.cuh"
 
 namespace nam56r::ssd {
-
-struct Place {
-  int sequence, group, split, blocks, chunk, chunks, first;  // the first chunk, how many; the first unit
-  long long span;
-  Sequence seq;
-};
-
-template <class Sh>
-struct GradientStage {  // a head's
-  Tile<ROWS, Sh::N> q, k;
-  Tile<ROWS, P> dys;
-  Tile<Sh::kRanks ? ROWS : 8, P> scaled;  // v, which without ranks is x
-  Tile<Sh::CT, P> x, z, dy;
-  Turns<Sh> turns;
-  Decays<Sh> decays;
-  Parameters<Sh> parameters;
-  // sums over a warp's columns of P, or over its rows, or over their columns
-  float read[4][Sh::CT], written[4][Sh::CT], later[4][Sh::CT], pairs[ROWS], own[ROWS], energy[4];
-
-  __device__ auto& v() {
-    if constexpr (Sh::kRanks) return scaled;
-    else return x;
-  }
-};
-
-template <class Sh, bool kKept>
-struct GradientKept {  // B and C of the chunk, for all heads
-  Tile<ROWS, Sh::N> C, B;
-};
-template <class Sh>
-struct GradientKept<Sh, false> {};
-
-template <class Sh>
-struct GradientShared {
-  static constexpr bool kKept = Sh::R >= 4 && Sh::N <= 128;
-  using Turned = float[ROWS][Sh::NA + 4];
-  struct alignas(1024) Scratch {
-    char bytes[sizeof(Turned) > 8192 ? sizeof(Turned) : 8192];
-
-    template <class X>
-    __device__ X& as() { return *reinterpret_cast<X*>(bytes); }
-  };
-  static constexpr int kOnce = (kKept ? 2 : 0) * sizeof(Tile<ROWS, Sh::N>) + 2 * sizeof(Tile<P, Sh::N>) + 2 * sizeof(Scratch) + 16 * Sh::CT + 256;
-  static constexpr int kStages = kOnce + 2 * sizeof(GradientStage<Sh>) > 227 * 1024 ? 1 : 2;
-  GradientStage<Sh> stage[kStages];
-  Tile<P, Sh::N> S, G;
-  Scratch scratch[2];
-  float by_token[4][Sh::CT];
-  Arrival states;
-  int done;
-  Place here;  // not in registers, of which there are too few
-  GradientKept<Sh, kKept> kept;
-};
-
-template <class Sh>
-struct Registers {  // of the warpgroups' threads; without ranks there are more angles a thread, and smaller rows
-  static constexpr int kN = 240, kP = 144, kRows = Sh::R == 1 ? 56 : 64, kAngles = 128 - kRows;
-};
-
-// Where a block works; chunks is 0 where there is nothing.
-template <class Sh>
-__device__ inline Place place(const Arguments& a) {
-  Place p{};
-  p.group = blockIdx.x / int(a.splits), p.split = blockIdx.x % int(a.splits), p.blocks = max(1, int(a.P) / P);
-  p.first = p.group * int(a.heads_per_group) * p.blocks + p.split * int(a.units);
-  long long of_sequence;
-  if (a.cu) {
-    p.span = a.segment + blockIdx.y;
-    if (p.span >= a.spans) return p;
-    p.sequence = at<const int>(a.sequence_of)[p.span];
-    if (p.sequence >= a.sequences) return p;
-    of_sequence = p.span - first_span(a, p.sequence);
-  } else {
-    p.sequence = blockIdx.y / int(a.segment_spans), of_sequence = a.segment + blockIdx.y % int(a.segment_spans);
-    if (of_sequence >= a.spans) return p;
-    p.span = p.sequence * a.spans + of_sequence;
-  }
-  p.seq = sequence(a, p.sequence);
-  p.chunk = int(of_sequence * a.every);
-  p.chunks = max(0, min(int(a.every), (p.seq.length + Sh::CT - 1) / Sh::CT - p.chunk));
-  return p;
-}
-
-// Where in a block's work a warpgroup is: chunk j, unit i of the block's.
-struct Step {
-  int j = 0, i = 0;
-
-  __device__ void next(int units) {
-    if (++i == units) i = 0, ++j;
-  }
-};
-
-constexpr int kReady = 3, kAngles = 7;  // barriers: what make_angles has for a stage is there (two of them), its threads are at one point
-
-// The warpgroup that makes q and k, v and dys.
-template <class Sh>
-__device__ __forceinline__ void make_rows(const Arguments& a, GradientShared<Sh>& s, const Place& here) {
-  using T = typename Sh::T;
-  using Row = Rows<Sh, 2>;
-  constexpr int CT = Sh::CT, R = Sh::R, N = Sh::N, kStages = GradientShared<Sh>::kStages;
-  const Sequence& seq = here.seq;
-  const int units = int(a.units), items = here.chunks * units;
-  const bool gated = a.z;
-  const float plain = gated ? 0.f : 1.f;
-  const Row row;
-  const T* B = at<const T>(a.B) + seq.row * a.B_b + seq.first * a.B_s + here.group * a.B_g;
-  const T* C = at<const T>(a.C) + seq.row * a.C_b + seq.first * a.C_s + here.group * a.C_g;
-  Step step;
-  for (int it = 0; it < items; ++it) {
-    const int stage = it % kStages, unit = here.first + step.i, h = here.blocks == 1 ? unit : unit / 2;
-    const int start_ = (here.chunk + step.j) * CT, live = seq.length - start_;
-    const bool first_unit = step.i == 0;
-    auto& to = s.stage[stage];
-    step.next(units);
-    typename Row::Bias bias;
-    typename Row::Coming coming;
-    if constexpr (Sh::kTurns) coming.load(row, at<const float>(row.tile ? a.B_bias : a.C_bias) + h * R * N);
-    if (it >= kStages) wait_at(kEmpty + stage, 512);
-    const auto copy = [&](auto& q, auto& k) {
-      int of_token[2] = {int(a.C_s), int(a.B_s)}, of_rank[2] = {int(a.C_r), int(a.B_r)};
-#pragma unroll
-      for (int i = 0; i < 2; ++i) asm volatile("" : "+r"(of_token[i]), "+r"(of_rank[i]));  // not made ahead, and spilled
-      copy_rows<Sh>(q, C + start_ * a.C_s, of_token[0], of_rank[0], live);
-      copy_rows<Sh>(k, B + start_ * a.B_s, of_token[1], of_rank[1], live);
-      commit();
-      wait_copies();
-      if constexpr (Sh::kTurns) wait_at(kTurning, 128);
-    };
-    auto& turned = row.tile ? to.k : to.q;
-    const Tile<ROWS, N>* from = &turned;
-    if constexpr (!GradientShared<Sh>::kKept)
-      copy(to.q, to.k);
-    else {
-      from = row.tile ? &s.kept.B : &s.kept.C;
-      if (first_unit) {
-        wait_at(kTurning, 128);  // the chunk before is turned
-        copy(s.kept.C, s.kept.B);
-      }
-    }
-    wait_at(kReady + stage, 256);
-    if constexpr (Sh::kTurns) coming.round(bias);
-    row.template turn<1>(turned, *from, bias, to.turns);
-#pragma unroll 1
-    for (int n = 0; n < (CT * 8 + 127) / 128; ++n) {
-      const int i = threadIdx.x % 128 + n * 128, t = i / 8, c = i % 8 * 8;
-      if (CT * 8 < 128 && i >= CT * 8) break;
-      const uint4 raw = get16(to.dy.unit(t, c));
-      if (!Sh::kRanks && !gated) {
-        put16(to.dys.unit(t, c), raw);
-        continue;
-      }
-      float d[8], z[8], x[8];
-      unpack8<T>(d, raw);
-      unpack8<T>(z, gated ? get16(to.z.unit(t, c)) : uint4{});
-      unpack8<T>(x, get16(to.x.unit(t, c)));
-#pragma unroll 1
-      for (int r = 0; r < R; ++r) {
-        float gate[8], v[8];
-#pragma unroll
-        for (int e = 0; e < 8; ++e) gate[e] = z[e];
-        if constexpr (Sh::kRanks) {
-          float psi[8], phi[8], zeta[8];
-          load(zeta, &to.parameters.zeta[r][c]), load(psi, &to.parameters.psi[r][c]), load(phi, &to.parameters.phi[r][c]);
-#pragma unroll
-          for (int e = 0; e < 8; ++e) v[e] = x[e] * psi[e];
-          put16(to.scaled.unit(r * CT + t, c), pack8<T>(v));
-#pragma unroll
-          for (int e = 0; e < 8; ++e) v[e] = d[e] * phi[e], gate[e] *= zeta[e];
-        } else {
-#pragma unroll
-          for (int e = 0; e < 8; ++e) v[e] = d[e];
-        }
-#pragma unroll
-        for (int e = 0; e < 8; ++e) v[e] *= silu(gate[e], plain);
-        put16(to.dys.unit(r * CT + t, c), pack8<T>(v));
-      }
-    }
-    publish();
-    arrive_at(kFull + stage, 384);
-  }
-}
-
-// The warpgroup that makes turns, copies the rest, and has the angles' gradients.
-template <class Sh>
-__device__ __forceinline__ void make_angles(const Arguments& a, GradientShared<Sh>& s, const Place& here) {
-  using T = typename Sh::T;
-  constexpr int CT = Sh::CT, R = Sh::R, NA = Sh::NA, kStages = GradientShared<Sh>::kStages;
-  const Sequence& seq = here.seq;
-  const int units = int(a.units), items = here.chunks * units, width = min(P, int(a.P)), t = int(threadIdx.x) % 128;
-  const bool gated = a.z;
-  Step step, behind;
-  for (int it = 0; it < items + (Sh::kTurns ? kStages : 0); ++it) {
-    const int stage = it % kStages;
-    auto& to = s.stage[stage];
-    if constexpr (Sh::kTurns)
-      if (it >= kStages) {  // the angles' gradients of the head that had the stage
-        const int unit = here.first + behind.i, h = here.blocks == 1 ? unit : unit / 2, start_ = (here.chunk + behind.j) * CT;
-        const int live = seq.length - start_;
-        const long long token = seq.token + start_;
-        const bool each = a.angle_heads > 1;
-        const long long place = each ? unit * a.tokens + token : (here.group * a.splits + here.split) * a.tokens + token;
-        AngleGradients<Sh> angles;
-        angles.load(at<const float>(a.angles) + seq.row * a.a_b + (seq.first + start_) * a.a_s + h * a.a_h, int(a.a_s), live);
-        angles.sum(
-            s.scratch[0].template as<typename GradientShared<Sh>::Turned>(), s.scratch[1].template as<typename GradientShared<Sh>::Turned>(),
-            to.decays, at<float>(a.dangle_sum) + place * NA, each || behind.i == 0,
-            at<float>(a.total) + ((here.span * a.every + behind.j) * a.H * here.blocks + unit) * NA, s.by_token, live);
-        wait_at(kAngles, 128);
-        if (t < CT && t < live) {
-          float of_token = 0.f;
-#pragma unroll
-          for (int n = 0; n < AngleGradients<Sh>::kWarps; ++n) of_token += s.by_token[n][t];
-          at<float>(a.ddt_turned)[unit * a.tokens + token + t] = PI * of_token;
-        }
-        behind.next(units);
-      }
-    if (it >= items) continue;
-    const int j = step.j, unit = here.first + step.i, h = here.blocks == 1 ? unit : unit / 2, p_first = (unit - h * here.blocks) * P;
-    const int start_ = (here.chunk + j) * CT, live = seq.length - start_;
-    const long long token = h * a.tokens + seq.token + start_, in_row = seq.first + start_;
-    step.next(units);
-    Angles<Sh> angle;
-    float base = 0.f;
-    if constexpr (Sh::kTurns) {
-      angle.load(
-          at<const float>(a.angles) + seq.row * a.a_b + in_row * a.a_s + h * a.a_h, int(a.a_s), at<const float>(a.DT) + token, live);
-      if (Angles<Sh>::mine())
-        base = at<const float>(a.bases)[((here.span * a.every + j) * a.H + h) * NA + Angles<Sh>::index()];
-    }
-    if (it >= kStages) wait_at(kEmpty + stage, 512);
-    copy_tokens<Sh>(to.x, at<const T>(a.x) + seq.row * a.x_b + in_row * a.x_s + h * a.x_h + p_first, int(a.x_s), live, width);
-    copy_tokens<Sh>(to.dy, at<const T>(a.dy) + seq.row * a.dy_b + in_row * a.dy_s + h * a.dy_h + p_first, int(a.dy_s), live, width);
-    if (gated)
-      copy_tokens<Sh>(to.z, at<const T>(a.z) + seq.row * a.z_b + in_row * a.z_s + h * a.z_h + p_first, int(a.z_s), live, width);
-    copy_decays<Sh>(to.decays, a, token, live);
-    copy_parameters<Sh, 128>(to.parameters, a, h, p_first, width);
-    commit();
-    if constexpr (Sh::kTurns) angle.turn(to.turns, base);
-    wait_copies();
-    arrive_at(kReady + stage, 256);
-  }
-}
 
 // Fetches the states of the step's head, if it has one.
 template <class Sh>
@@ -291,8 +49,7 @@ __device__ __forceinline__ void along_n(const Arguments& a, GradientShared<Sh>& 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, col = lane % 4 * 2, p0 = warp * 16;
   const int rows[2] = {p0 + row, p0 + row + 8}, mine[2] = {rows[0] % CT, rows[1] % CT};  // the thread's rows, their tokens
   const int units = int(a.units), items = here.chunks * units;
-  auto& scores = s.scratch[0].template as<Tile<ROWS, ROWS>>();
-  auto& dS = s.scratch[1].template as<Tile<ROWS, ROWS>>();
+  auto &scores = s.scratch[0].tile, &dS = s.scratch[1].tile;
 
   float sum[2][N / 8][4] = {};  // of C's and B's gradients
   Step step;
@@ -373,7 +130,7 @@ __device__ __forceinline__ void along_n(const Arguments& a, GradientShared<Sh>& 
       const auto &tile = side ? in.k : in.q, &other = side ? in.q : in.k;
       const Tile<ROWS, P>& by = side ? in.v() : in.dys;
       const auto& state = side ? s.G : s.S;
-      auto& turned = s.scratch[side].template as<typename GradientShared<Sh>::Turned>();
+      auto& turned = s.scratch[side].turned;
       float d[N / 8][4];
       start();
 #pragma unroll
@@ -447,12 +204,12 @@ __device__ __forceinline__ void along_p(const Arguments& a, GradientShared<Sh>& 
   const int units = int(a.units), items = here.chunks * units, all_p = int(a.P), width = min(P, all_p), H = int(a.H), U = H * here.blocks;
   const bool gated = a.z;
   const float plain = gated ? 0.f : 1.f;  // without gates z is 0
-  const auto& scores = s.scratch[0].template as<Tile<ROWS, ROWS>>();
+  const auto& scores = s.scratch[0].tile;
   if (threadIdx.x == 128) fetch_states<Sh>(a, s, here, {});
 
   Step step;
   for (int it = 0; it < items; ++it) {
-    const int j = step.j, unit = here.first + step.i, h = here.blocks == 1 ? unit : unit / 2, p_first = (unit - h * here.blocks) * P;
+    const int j = step.j, unit = here.first + step.i, h = here.head(unit), p_first = (unit - h * here.blocks) * P;
     step.next(units);
     const Sequence& seq = here.seq;
     const int start_ = (here.chunk + j) * CT, live = seq.length - start_, stage = it % kStages, t = int(threadIdx.x) % 128;
@@ -608,6 +365,11 @@ __device__ __forceinline__ void along_p(const Arguments& a, GradientShared<Sh>& 
     arrive_at(kEmpty + stage, 512);
   }
 }
+
+template <class Sh>
+struct Registers {  // of the warpgroups' threads; without ranks there are more angles a thread, and smaller rows
+  static constexpr int kN = 240, kP = 144, kRows = Sh::R == 1 ? 56 : 64, kAngles = 128 - kRows;
+};
 
 template <typename T, int MODEL, int R, int N>
 __global__ void __launch_bounds__(512, 1) gradient(const __grid_constant__ Arguments a) {

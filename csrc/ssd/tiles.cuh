@@ -215,8 +215,7 @@ __device__ float own_weight(const Decays<Sh>& d, int t) { return Sh::MODEL == kM
 // A unit's parameters: psi, zeta and phi [R][P] (1 where they are missing) and D [P] (0).
 template <class Sh>
 struct Parameters {
-  static constexpr int kRows = Sh::kRanks ? Sh::R : 1, kColumns = Sh::kRanks ? P : 4;
-  float psi[kRows][kColumns], zeta[kRows][kColumns], phi[kRows][kColumns], skip[P];
+  float psi[Sh::R][P], zeta[Sh::R][P], phi[Sh::R][P], skip[P];
 };
 
 template <class Sh, int THREADS>
@@ -284,6 +283,40 @@ struct Angles {
     return all;
   }
 };
+
+// A warp's 16 columns of a tile, from p0 on, to memory.
+template <class Sh>
+__device__ __forceinline__ void store_columns(
+    typename Sh::T* to, int per_token, const Tile<Sh::CT, P>& tile, int p0, int live, int width) {
+  const int lane = threadIdx.x % 32, c = p0 + lane % 2 * 8;
+  __syncwarp();
+#pragma unroll
+  for (int tb = 0; tb < Sh::TB; ++tb) {
+    const int t = tb * 16 + lane / 2;
+    if (t < Sh::CT && t < live && c < width) put16(to + t * per_token + c, get16(tile.unit(t, c)));
+  }
+}
+
+// A thread's part of a state [P, N] in memory, the rows p[0] and p[1] as far as there are `width`: its first element is `from`.
+template <int eights>
+__device__ __forceinline__ void load_state(float (&S)[eights][4], const float* from, const int (&p)[2], int width) {
+#pragma unroll
+  for (int j = 0; j < eights; ++j)
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+      if (p[e] < width) {
+        const float2 v = *reinterpret_cast<const float2*>(from + 8 * e * (8 * eights) + 8 * j);
+        S[j][2 * e] = v.x, S[j][2 * e + 1] = v.y;
+      }
+}
+template <int eights>
+__device__ __forceinline__ void store_state(float* to, const float (&S)[eights][4], const int (&p)[2], int width) {
+#pragma unroll
+  for (int j = 0; j < eights; ++j)
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+      if (p[e] < width) *reinterpret_cast<float2*>(to + 8 * e * (8 * eights) + 8 * j) = {S[j][2 * e], S[j][2 * e + 1]};
+}
 
 __device__ inline float fraction(float x) { return x - floorf(x); }
 

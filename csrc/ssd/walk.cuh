@@ -110,27 +110,10 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
     const long long of_unit = (unit * all_p + p_first + p[0]) * N + col;
     float S[N / 8][4] = {};
     if (back) {
-      const float* from = at<const float>(high == all ? a.dfinal : a.dstate);
-      if (from)
-#pragma unroll
-        for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-          for (int e = 0; e < 2; ++e)
-            if (p[e] < width) {
-              const float2 v = *reinterpret_cast<const float2*>(from + of_unit + 8 * e * N + 8 * j);
-              S[j][2 * e] = v.x, S[j][2 * e + 1] = v.y;
-            }
+      if (const float* from = at<const float>(high == all ? a.dfinal : a.dstate)) load_state(S, from + of_unit, p, width);
     } else {
       const long long number = a.segment / a.segment_spans + (a.cu ? blockIdx.y : blockIdx.y * a.segments);
-      const float* from = at<const float>(a.saved) + ((number * H + h) * all_p + p_first + p[0]) * N + col;
-#pragma unroll
-      for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          if (p[e] < width) {
-            const float2 v = *reinterpret_cast<const float2*>(from + 8 * e * N + 8 * j);
-            S[j][2 * e] = v.x, S[j][2 * e + 1] = v.y;
-          }
+      load_state(S, at<const float>(a.saved) + ((number * H + h) * all_p + p_first + p[0]) * N + col, p, width);
     }
     float into[Sh::R][2], steep[Sh::R][2];  // psi, or phi; with gates z into / (1 + 2^(z steep)) is phi silu(z zeta)
 #pragma unroll
@@ -245,13 +228,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
 #pragma unroll
         for (int e = 0; e < 4; ++e) weighed[c][e] = next[c][e];
     }
-    if (back)
-#pragma unroll
-      for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          if (p[e] < width)
-            *reinterpret_cast<float2*>(at<float>(a.dstate) + of_unit + 8 * e * N + 8 * j) = {S[j][2 * e], S[j][2 * e + 1]};
+    if (back) store_state(at<float>(a.dstate) + of_unit, S, p, width);
   }
 }
 

@@ -54,8 +54,7 @@ def mamba3_scan(
 
     Returns y [B, S, H, P] in x's dtype and the final Mamba3State, with gradients through both.
     The kernel `cuda` takes bf16 and fp16, R 1, 2, 4, 8, P 32, 64, 128, N 32, 64, 128, 256, N_a N / 4,
-    at most 65535 sequences (n), on compute capability 9.0. It rounds the biases of the columns that aren't turned to
-    x's dtype.
+    at most 65535 sequences (n), on compute capability 9.0. It rounds the biases to x's dtype.
     A problem (what a kernel's `refuses` is asked) names psi, zeta and phi, and initial_state by its ssm.
     Raises ValueError or TypeError, naming the argument, when shapes, dtypes or devices disagree; NoKernel when no
     kernel takes the problem.
