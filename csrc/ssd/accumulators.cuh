@@ -171,7 +171,7 @@ struct AngleGradients {
 #pragma unroll
     for (int i = 0; i < LONG; ++i) {
       const float2 all = {c[i].x + after.x, c[i].y + after.y};
-      const float dt = decays.dt[token(i)];
+      const float dt = decays.dt()[token(i)];
       const float2 by_step = {dt * all.x, dt * all.y};
       float* to = dangle + token(i) * Sh::NA + index();
       if (token(i) < live) {

@@ -64,9 +64,9 @@ __device__ inline void wait_copies() { asm volatile("cp.async.wait_group %0;" ::
 // Barriers by number, of `threads` that wait or have only arrived: a stage's tiles are there, a stage is free (four of
 // each), the threads that multiply are at one point (two warpgroups of them in `gradient`), those that turn are.
 constexpr int kFull = 1, kEmpty = 5, kProducts = 9, kTurning = 11;
-// In `gradient`: what is turned back can be read, has been read; the same of the scores. It has two stages, so that numbers
-// of others' are left: what make_angles has for a stage is there (two of them), its threads are at one point.
-constexpr int kTurned = 12, kRead = 13, kScores = 14, kScoresRead = 15, kReady = 3, kAngles = 7;
+// In `gradient`: what is turned back can be read, has been read; the same of the scores. It has two stages, so that a number
+// of theirs is left: the threads of make_angles are at one point.
+constexpr int kTurned = 12, kRead = 13, kScores = 14, kScoresRead = 15, kAngles = 7;
 __device__ inline void wait_at(int number, int threads) {
   asm volatile("bar.sync %0, %1;" :: "r"(number), "r"(threads) : "memory");
 }
@@ -79,17 +79,33 @@ __device__ inline void take_registers() { asm volatile("setmaxnreg.inc.sync.alig
 template <int kRegisters>
 __device__ inline void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(kRegisters)); }
 
+// A kernel launched early starts when all blocks of the one before it have called release_next or ended. It ends for both, so
+// some thread must call wait_for_previous, which returns when that one has ended.
+__device__ inline void release_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ inline void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // Copies of whole pieces of memory that a barrier in shared memory counts.
 struct Arrival {
   unsigned long long x;
 
-  __device__ void make() { asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(shared_address(&x)) : "memory"); }
+  __device__ void make(int arrivals = 1) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(&x)), "r"(arrivals) : "memory");
+  }
+  __device__ void arrive() { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(&x)) : "memory"); }
+  __device__ void arrive_when_copied() {  // when what the thread has started with copy16 or copy4 is there
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(shared_address(&x)) : "memory");
+  }
   __device__ void expect(int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(shared_address(&x)), "r"(bytes) : "memory");
   }
   __device__ void copy(void* to, const void* from, int bytes) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
         :: "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(&x)) : "memory");
+  }
+  // A box of a tensor [batch, rank, token, group, column], swizzled as a Tile is.
+  __device__ void copy_box(void* to, const void* map, int column, int group, int token, int batch) {
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], [%7];"
+        :: "r"(shared_address(to)), "l"(map), "r"(column), "r"(group), "r"(token), "r"(0), "r"(batch), "r"(shared_address(&x)) : "memory");
   }
   __device__ void wait(int parity) {
     asm volatile("{.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}"

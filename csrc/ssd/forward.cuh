@@ -2,12 +2,12 @@
 //
 // With L_t the log decay summed since the chunk's start, and mix_ts = e^(L_t - L_s) w_s for s < t, own_t for s = t:
 //   scores = q k^T   y^T = v^T (mix * scores)^T + e^L (S q^T) + D v^T   S <- e^(L_end) S + (e^(L_end - L) w v)^T k
-// One warpgroup makes q and k, a chunk ahead: copies B and C, adds the biases, turns them. The other has all four
+// One warpgroup makes q and k, a chunk ahead: fetches B, C, x and z by TMA, adds the biases, turns. The other has all four
 // products. y is made transposed, [P, rows], so that S [P, N], which stays in registers in fp32, is, rounded, the A operand
-// of S q^T as it lies there, and so that a thread has all ranks of its tokens: the sum over ranks is its own. With ranks
+// of S q^T as it lies there, and so that a thread has all ranks of its tokens: the sum over ranks is its own. With four ranks
 // there are registers enough for work while products run: decays while the scores are made, gates while the state is.
-// Shared memory: q and k, twice where two blocks then still fit an SM; x, z, which y leaves through; the scores; the angles.
-// Bound: latency: turning on the one side (busy 91 %), decays and gates on the other; shared memory 75 %.
+// Shared memory: q and k, twice where two blocks then still fit an SM; x, z, which y leaves through; the scores; the turns.
+// Bound: latency: turning on the one side (busy 90 %), decays and gates on the other (87 %); shared memory 75 %.
 #pragma once
 
 #include "ssd/tiles.cuh"
@@ -20,40 +20,43 @@ struct ForwardShared {
     Tile<ROWS, Sh::N> q, k;
   };
   static constexpr int kStages = Sh::N > 128 ? 1 : 2;
-  static constexpr int kIn = Sh::R > 1 && kStages == 2 ? 3 : 1;  // of x and z; without ranks there is no room for more
+  static constexpr bool kRoom = Sh::R > 1 && kStages == 2;
+  static constexpr int kIn = kRoom ? 3 : 1, kTurned = kRoom ? 2 : 1;  // of x and z; of turns
   Stage stage[kStages];
   Tile<ROWS, ROWS> scores;
   struct {
     Tile<Sh::CT, P> x, z;
   } in[kIn];
   Decays<Sh> decays[kStages];
-  Turns<Sh> turns;
+  Turns<Sh> turns[kTurned];
   Parameters<Sh> parameters;
-  struct Gates {  // phi silu(z zeta) is open + z height / (1 + 2^(z steep)); D psi
-    float open[Sh::R][P], height[Sh::R][P], steep[Sh::R][P], through[Sh::R][P];
-  } gates;
+  struct Gate {  // phi silu(z zeta) is open + z height / (1 + 2^(z steep)); D psi
+    float open, height, steep, through;
+  };
+  alignas(16) Gate gates[Sh::R][P];
+  Arrival arrived[kStages], came[kIn];  // q and k; x and z
   struct {  // where the sequence lies; not in registers, of which there are too few
-    const typename Sh::T *B, *C, *x, *z;
+    long long row, first;
+    int group, head, column;
     typename Sh::T* y;
-    const float *angles, *steps;
+    const float *angles, *decays;
     float* bases;
-    long long tokens;
-    int length;
+    int length, apart;  // of the sequence; between L, w, own and dt, H tokens
   } where;
 };
 
 template <typename T, int MODEL, int R, int N>
-__global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_constant__ Arguments a, const __grid_constant__ Maps maps) {
   using Sh = Shape<T, MODEL, R, N>;
   using Two = Pair<T>;
   using Row = Rows<Sh, 2>;
   constexpr int CT = Sh::CT, TB = Sh::TB, NA = Sh::NA, EIGHTS = Sh::EIGHTS;
   extern __shared__ __align__(1024) char bytes[];
   auto& s = *reinterpret_cast<ForwardShared<Sh>*>(bytes);
-  constexpr int kStages = ForwardShared<Sh>::kStages, kIn = ForwardShared<Sh>::kIn;
+  constexpr int kStages = ForwardShared<Sh>::kStages, kIn = ForwardShared<Sh>::kIn, kTurned = ForwardShared<Sh>::kTurned;
 
   const int H = int(a.H), all_p = int(a.P), every = int(a.every), blocks = gridDim.x / H;
-  const int h = blockIdx.x / blocks, p_first = blockIdx.x % blocks * P, width = min(P, all_p), g = h / int(a.heads_per_group);
+  const int h = blockIdx.x / blocks, p_first = blockIdx.x % blocks * P, width = min(P, all_p);
   const Sequence seq = sequence(a, blockIdx.y);
   const int chunks = (seq.length + CT - 1) / CT;
   const long long unit = (long long)blockIdx.y * H + h, tokens = h * a.tokens + seq.token;
@@ -61,17 +64,16 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
 
   copy_parameters<Sh, 256>(s.parameters, a, h, p_first, width);
   if (threadIdx.x == 0)
-    s.where = {at<const T>(a.B) + seq.row * a.B_b + seq.first * a.B_s + g * a.B_g,
-            at<const T>(a.C) + seq.row * a.C_b + seq.first * a.C_s + g * a.C_g,
-            at<const T>(a.x) + seq.row * a.x_b + seq.first * a.x_s + h * a.x_h + p_first,
-            at<const T>(a.z) + seq.row * a.z_b + seq.first * a.z_s + h * a.z_h + p_first,
+    s.where = {seq.row, seq.first, h / int(a.heads_per_group), h, p_first,
             at<T>(a.y) + ((seq.row * a.S + seq.first) * H + h) * all_p + p_first,
             at<const float>(a.angles) + seq.row * a.a_b + seq.first * a.a_s + h * a.a_h,
-            at<const float>(a.DT) + tokens,
+            at<const float>(a.L) + tokens,
             at<float>(a.bases) + (span * every * H + h) * NA,
-            tokens,
-            seq.length};
+            seq.length, int(a.H * a.tokens)};
   const auto& here = s.where;
+  if (threadIdx.x < kStages) s.arrived[threadIdx.x].make(2);
+  if (threadIdx.x < kIn) s.came[threadIdx.x].make(a.z ? 2 : 1);
+  publish();
   commit();
   wait_copies();
   __syncthreads();
@@ -79,16 +81,23 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
     for (int i = threadIdx.x; i < R * P; i += 256) {
       const int r = i / P, c = i % P;
       const float phi = s.parameters.phi[r][c], zeta = s.parameters.zeta[r][c];
-      s.gates.open[r][c] = a.z ? 0.f : phi, s.gates.height[r][c] = phi * zeta, s.gates.steep[r][c] = -LOG2_E * zeta;
-      s.gates.through[r][c] = s.parameters.skip[c] * s.parameters.psi[r][c];
+      s.gates[r][c] = {a.z ? 0.f : phi, phi * zeta, -LOG2_E * zeta, s.parameters.skip[c] * s.parameters.psi[r][c]};
     }
     __syncthreads();
   }
 
-  const auto copy_in = [&](int chunk) {
-    const int t = chunk * CT, live = here.length - t;
-    copy_tokens<Sh>(s.in[chunk % kIn].x, here.x + t * a.x_s, int(a.x_s), live, width);
-    if (a.z) copy_tokens<Sh>(s.in[chunk % kIn].z, here.z + t * a.z_s, int(a.z_s), live, width);
+  // What a chunk needs, each of the four fetched by one thread.
+  const auto fetch_rows = [&](int chunk, auto& tile, const TensorMap& map) {
+    auto& arrived = s.arrived[chunk % kStages];
+    arrived.expect(sizeof(tile));
+#pragma unroll
+    for (int part = 0; part < tile.kParts; ++part)
+      arrived.copy_box(&tile.x[part], &map, part * 64, here.group, int(here.first) + chunk * CT, int(here.row));
+  };
+  const auto fetch_in = [&](int chunk, auto& tile, const TensorMap& map) {
+    auto& came = s.came[chunk % kIn];
+    came.expect(sizeof(tile));
+    came.copy_box(&tile, &map, here.column, here.head, int(here.first) + chunk * CT, int(here.row));
   };
 
   if (threadIdx.x >= 128) {
@@ -98,7 +107,8 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
     Angles<Sh> angle;
     float base = 0.f;
     const auto load = [&](int chunk) {
-      angle.load(here.angles + (long long)chunk * CT * a.a_s, int(a.a_s), here.steps + chunk * CT, here.length - chunk * CT);
+      const float* steps = here.decays + 3 * here.apart;
+      angle.load(here.angles + (long long)chunk * CT * a.a_s, int(a.a_s), steps + chunk * CT, here.length - chunk * CT);
     };
     if constexpr (Sh::kTurns) {
       row.load(bias, at<const float>(row.tile ? a.B_bias : a.C_bias) + (long long)h * R * N);
@@ -109,23 +119,29 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
     for (int chunk = 0; chunk < chunks; ++chunk) {
       auto& stage = s.stage[chunk % kStages];
       auto& tile = row.tile ? stage.k : stage.q;
+      auto& turns = s.turns[chunk % kTurned];
       const int t = chunk * CT, live = here.length - t;
       if (chunk >= kStages) wait_at(kEmpty + chunk % kStages, 256);
-      copy_rows<Sh>(stage.q, here.C + t * a.C_s, int(a.C_s), int(a.C_r), live);
-      copy_rows<Sh>(stage.k, here.B + t * a.B_s, int(a.B_s), int(a.B_r), live);
-      copy_decays<Sh>(s.decays[chunk % kStages], a, here.tokens + t, live);
-      if (kIn > 1) copy_in(chunk);  // where that of three chunks before was, of which y has left
+      auto& arrived = s.arrived[chunk % kStages];
+      auto& in = s.in[chunk % kIn];  // where that of kIn chunks before was, of which y has left
+      if (threadIdx.x == 128) fetch_rows(chunk, stage.q, maps.C);
+      if (threadIdx.x == 160) fetch_rows(chunk, stage.k, maps.B);
+      if (kIn > 1 && threadIdx.x == 192) fetch_in(chunk, in.x, maps.x);
+      if (kIn > 1 && threadIdx.x == 224 && a.z) fetch_in(chunk, in.z, maps.z);
+      copy_decays<Sh>(s.decays[chunk % kStages], here.decays + t, here.apart, live);
       commit();
       if constexpr (Sh::kTurns) {
         if (a.save && Angles<Sh>::mine() && threadIdx.x % Angles<Sh>::SEG == 0 && p_first == 0)
           here.bases[(long long)chunk * H * NA + Angles<Sh>::index()] = base;
-        wait_at(kTurning, 128);  // the chunk before is turned
-        base = fraction(base + angle.turn(s.turns, base));
+        if (kTurned == 1) wait_at(kTurning, 128);  // the chunk before is turned
+        base = fraction(base + angle.turn(turns, base));
         if (chunk + 1 < chunks) load(chunk + 1);
       }
       wait_copies();
+      arrived.wait(chunk / kStages % 2);
+      if (live < CT) clear_rows<Sh>(stage.q, live), clear_rows<Sh>(stage.k, live);
       wait_at(kTurning, 128);
-      row.turn(tile, tile, bias, s.turns);
+      row.template turn<Row::ITEMS>(tile, tile, bias, turns);
       publish();
       arrive_at(kFull + chunk % kStages, 256);
     }
@@ -137,7 +153,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
     const int y_s = H * all_p;
     const bool gated = a.z;
     const float plain = gated ? 0.f : 1.f;
-    constexpr bool kMeanwhile = R > 1;  // without ranks the registers are too few
+    constexpr bool kMeanwhile = R > 2;  // at lower ranks the registers are too few
 
     // the thread's columns of P: p[0] and p[1]
     const int p0 = warp * 16, p[2] = {p0 + row, p0 + row + 8};
@@ -145,7 +161,11 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
     float S[N / 8][4] = {};
     if (a.state) load_state(S, at<const float>(a.state) + state, p, width);
     const auto parameter = [&](const auto& of, int r, int e) { return Sh::kRanks ? of[r][p[e]] : 1.f; };
-    if (kIn == 1 && chunks) copy_in(0), commit();
+    const auto fetch_alone = [&](int chunk) {
+      if (threadIdx.x == 0) fetch_in(chunk, s.in[0].x, maps.x);
+      if (threadIdx.x == 32 && gated) fetch_in(chunk, s.in[0].z, maps.z);
+    };
+    if (kIn == 1 && chunks) fetch_alone(0);
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const auto& in = s.stage[chunk % kStages];
       const auto& decays = s.decays[chunk % kStages];
@@ -168,7 +188,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
         k ? Product<T, ROWS>::template held<kAcross>(out, st[k], in.q.descriptor(0, k * 16))
           : Product<T, ROWS>::template held_first<kAcross>(out, st[k], in.q.descriptor(0, 0));
       finish();
-      const float end = decays.L[CT - 1], decay = exp_(end);
+      const float end = decays.L()[CT - 1], decay = exp_(end);
       const auto age = [&] {  // S is kept where a segment starts; then it and y take their decays
         if (a.save && chunk % every == 0 && (chunk == 0 || (numbered + chunk / every) % a.segment_spans == 0)) {
           const long long part = (numbered + chunk / every) / a.segment_spans + (a.cu ? blockIdx.y : blockIdx.y * a.segments);
@@ -176,7 +196,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
         }
 #pragma unroll
         for (int i = 0; i < EIGHTS; ++i) {
-          const float2 L = *reinterpret_cast<const float2*>(&decays.L[i * 8 + col]), grow = {exp_(L.x), exp_(L.y)};
+          const float2 L = *reinterpret_cast<const float2*>(&decays.L()[i * 8 + col]), grow = {exp_(L.x), exp_(L.y)};
 #pragma unroll
           for (int r = 0; r < R; ++r)
 #pragma unroll
@@ -200,11 +220,11 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
         const int mine[2] = {p[0] % CT, p[1] % CT};  // the rows' tokens
         int at_row = p[0];
         if (!kMeanwhile) asm volatile("" : "+r"(at_row));  // or addresses are made ahead, and spilled
-        const float l[2] = {decays.L[mine[0]], decays.L[mine[1]]}, own[2] = {own_weight(decays, mine[0]), own_weight(decays, mine[1])};
+        const float l[2] = {decays.L()[mine[0]], decays.L()[mine[1]]}, own[2] = {own_weight(decays, mine[0]), own_weight(decays, mine[1])};
 #pragma unroll
         for (int i = 0; i < EIGHTS; ++i) {
-          const float2 L = *reinterpret_cast<const float2*>(&decays.L[i * 8 + col]);
-          const float2 w = *reinterpret_cast<const float2*>(&decays.w[i * 8 + col]);
+          const float2 L = *reinterpret_cast<const float2*>(&decays.L()[i * 8 + col]);
+          const float2 w = *reinterpret_cast<const float2*>(&decays.w()[i * 8 + col]);
           float mix[4];
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
@@ -222,8 +242,9 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
         }
       }
       publish();
-      if (kIn == 1) wait_copies();
       wait_at(kProducts, 128);
+      s.came[chunk % kIn].wait(chunk / kIn % 2);
+      if (here.length - chunk * CT < CT) clear_columns<Sh>(x, z, p0, here.length - chunk * CT);
 
       // v^T [16 columns of P, rows], and weighed for the state
       unsigned v[4][4], weighed[4][4];
@@ -235,7 +256,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int t = (tb * 16 + e / 2 * 8) % CT + col + e % 2;
-          w[e] = exp_(end - decays.L[t]) * decays.w[t];
+          w[e] = exp_(end - decays.L()[t]) * decays.w()[t];
         }
 #pragma unroll
         for (int b = tb; b < 4; b += TB)
@@ -282,11 +303,10 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
           const auto add = [&](int b, int half) {  // the tokens of that half of the block
             const int r = Sh::rank(2 * b + half);
             const float* o = &out[2 * b + half][e / 2 * 2];
-            const auto of = [&](const auto& of_rank, float without) { return Sh::kRanks ? of_rank[r][p[e / 2]] : without; };
-            const float open = of(s.gates.open, plain), height = of(s.gates.height, 1.f), steep = of(s.gates.steep, -LOG2_E);
-            const float through = of(s.gates.through, s.parameters.skip[p[e / 2]]);
-            sum.x += (o[0] + through * xt.x) * (open + zt.x * height * reciprocal(1.f + exp2_(zt.x * steep)));
-            sum.y += (o[1] + through * xt.y) * (open + zt.y * height * reciprocal(1.f + exp2_(zt.y * steep)));
+            float4 gate = {plain, 1.f, -LOG2_E, s.parameters.skip[p[e / 2]]};
+            if constexpr (Sh::kRanks) gate = *reinterpret_cast<const float4*>(&s.gates[r][p[e / 2]]);
+            sum.x += (o[0] + gate.w * xt.x) * (gate.x + zt.x * gate.y * reciprocal(1.f + exp2_(zt.x * gate.z)));
+            sum.y += (o[1] + gate.w * xt.y) * (gate.x + zt.y * gate.y * reciprocal(1.f + exp2_(zt.y * gate.z)));
           };
 #pragma unroll
           for (int b = tb; b < 4; b += TB) {
@@ -300,8 +320,9 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
       }
       store_columns<Sh>(here.y + (long long)(chunk * CT) * y_s, y_s, x, p0, here.length - chunk * CT, width);
       if (kIn == 1 && chunk + 1 < chunks) {
+        publish();
         wait_at(kProducts, 128);  // all have stored y
-        copy_in(chunk + 1), commit();
+        fetch_alone(chunk + 1);
       }
     }
 
@@ -315,7 +336,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
           at<float>(a.final_k)[unit * R * N + i] = i % 2 ? f.y : f.x;
         }
       }
-      const T* x_last = here.x + (seq.length - 1) * a.x_s;
+      const T* x_last = at<const T>(a.x) + seq.row * a.x_b + (seq.first + seq.length - 1) * a.x_s + h * a.x_h + p_first;
       for (int i = threadIdx.x; i < R * P; i += 128) {
         const int r = i / P, c = i % P;
         if (c >= width) continue;

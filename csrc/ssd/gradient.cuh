@@ -5,14 +5,14 @@
 //   y^T  = e^L S q^T      + v^T (scores * mix)^T       dq = e^L (dys S)    + (dm * mix) k
 //   dv^T = left w (G k^T) + dys^T (scores * mix)       dk = left w (v G)   + (dm * mix)^T q
 // A block has a group's heads (or some of them) and a span of chunks, and takes a chunk's heads one after the other, in four
-// warpgroups that each have a part of the code. Two make the next head's tiles: one copies, makes the turns, and has the
-// angles' gradients of the head before; one turns q and k and makes v and dys. One has what is along N: the scores, dm, dq
-// and dk, so the biases and C and B, whose sums over heads stay in registers, 2 [64, N]. One has what is along P: y, dv and
-// <S, G>, so the gates, z and x. y and dv are transposed, so that a thread has all ranks of its tokens.
-// Shared memory: q, k, dys, v, x, z, dy and turns of two heads (of one where N is 256); S and G, which lie in memory as
-// wgmma reads them and are fetched whole by the last warp that is done with those before; scratch: the scores and dm through
-// the decays, later what is turned back of q and of k; B and C where a rank has few tokens.
-// Bound: latency and instruction fetches: 5 000 instructions a scheduler and head from 75 KiB of code; of the four warps on a
+// warpgroups that each have a part of the code. One copies what a head needs, up to three heads ahead, and has the angles'
+// gradients of a head that is done; one makes the next head's tiles: turns q and k, makes v and dys. One has what is along N:
+// the scores, dm, dq and dk, so the biases and C and B, whose sums over heads stay in registers, 2 [64, N]. One has what is
+// along P: y, dv and <S, G>, so the gates, z and x. y and dv are transposed, so that a thread has all ranks of its tokens.
+// Shared memory: q, k, dys and v of two heads (of one where N is 256); x, z, dy, turns, decays and parameters of one more; S
+// and G, which lie in memory as wgmma reads them and are fetched whole by the last warp that is done with those before; the
+// scores and dm through the decays, and what is turned back of q and of k; B and C where a rank has few tokens.
+// Bound: latency and instruction fetches: 4 900 instructions a scheduler and head from 75 KiB of code; of the four warps on a
 // scheduler that with N is busy. So loops stay loops where registers allow it. 11.5 MFLOP a chunk and head at N 128.
 #pragma once
 
@@ -39,17 +39,24 @@ __device__ __forceinline__ void leave_states(const Arguments& a, GradientShared<
   }
 }
 
+// A warp is done with a head's copies.
+__device__ __forceinline__ void leave(Arrival& left) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) left.arrive();
+}
+
 // The warpgroup that has N: scores and dm, and from them the gradients of q and k, so of C and B, and of the biases.
 template <class Sh>
 __device__ __forceinline__ void along_n(const Arguments& a, GradientShared<Sh>& s, const Place& here) {
   using T = typename Sh::T;
   using Two = Pair<T>;
   constexpr int CT = Sh::CT, R = Sh::R, N = Sh::N, NA = Sh::NA, EIGHTS = Sh::EIGHTS;
-  constexpr int kStages = GradientShared<Sh>::kStages, kWide = N < 128 ? N : 128;
+  constexpr int kStages = GradientShared<Sh>::kStages, kCopies = GradientShared<Sh>::kCopies, kWide = N < 128 ? N : 128;
+  constexpr bool kApart = GradientShared<Sh>::kApart;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, col = lane % 4 * 2, p0 = warp * 16;
   const int rows[2] = {p0 + row, p0 + row + 8}, mine[2] = {rows[0] % CT, rows[1] % CT};  // the thread's rows, their tokens
   const int units = int(a.units), items = here.chunks * units;
-  auto &scores = s.scratch[0].tile, &dS = s.scratch[1].tile;
+  auto &scores = s.scores.tile, &dS = s.dS.tile;
 
   float sum[2][N / 8][4] = {};  // of C's and B's gradients
   Step step;
@@ -59,34 +66,53 @@ __device__ __forceinline__ void along_n(const Arguments& a, GradientShared<Sh>& 
     step.next(units);
     const int start_ = (here.chunk + j) * CT, live = here.seq.length - start_;
     auto& in = s.stage[stage];
-    const auto& decays = in.decays;
+    auto& sums = s.sums[stage];
+    auto& copies = s.copies[it % kCopies];
+    const auto& decays = copies.decays;
     wait_at(kFull + stage, 384);
     float scale[2][2];  // of the rows of dq and dk
     {
       float m[ROWS / 8][4], dm[ROWS / 8][4];
       start();
-      across<T, N>(m, in.q, in.k), across<T, P>(dm, in.dys, in.v());
-      finish();
+      across<T, N>(m, in.q, in.k), across<T, P>(dm, in.dys, in.v(copies));
+      close();
+      const float end = decays.L()[CT - 1];
+      const float l[2] = {decays.L()[mine[0]], decays.L()[mine[1]]};
+      const float own[2] = {own_weight(decays, mine[0]), own_weight(decays, mine[1])};
+#pragma unroll
+      for (int e = 0; e < 2; ++e) scale[0][e] = exp_(l[e]), scale[1][e] = exp_(end - l[e]) * decays.w()[mine[e]];
+      struct {
+        float since[4], weighed[4];
+      } by[EIGHTS];
+      const auto weigh = [&](int i) {
+        const float2 L = *reinterpret_cast<const float2*>(&decays.L()[i * 8 + col]);
+        const float2 w = *reinterpret_cast<const float2*>(&decays.w()[i * 8 + col]);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float since = exp_(l[e / 2] - (e % 2 ? L.y : L.x));
+          by[i].since[e] = mine[e / 2] > i * 8 + col + e % 2 ? since : 0.f;
+          by[i].weighed[e] = by[i].since[e] * (e % 2 ? w.y : w.x);
+        }
+      };
+      constexpr bool kMeanwhile = EIGHTS <= 2;  // while the products run, where there are registers
+      if (kMeanwhile)
+#pragma unroll
+        for (int i = 0; i < EIGHTS; ++i) weigh(i);
+      settle();
+      if (kApart && it) wait_at(kScoresRead, 256);
       if (Sh::kTurns && it) wait_at(kRead, 256);  // what was turned back for the head before
 
       // scores and dm through the decays
-      const float end = decays.L[CT - 1];
-      const float l[2] = {decays.L[mine[0]], decays.L[mine[1]]};
-      const float own[2] = {own_weight(decays, mine[0]), own_weight(decays, mine[1])};
-#pragma unroll
-      for (int e = 0; e < 2; ++e) scale[0][e] = exp_(l[e]), scale[1][e] = exp_(end - l[e]) * decays.w[mine[e]];
       float pairs[2] = {}, owned[2] = {}, later[EIGHTS * 2] = {};
 #pragma unroll
       for (int i = 0; i < EIGHTS; ++i) {
-        const float2 L = *reinterpret_cast<const float2*>(&decays.L[i * 8 + col]);
-        const float2 w = *reinterpret_cast<const float2*>(&decays.w[i * 8 + col]);
-        float decay[4], weighed[4], mix[4], same[4];
+        if (!kMeanwhile) weigh(i);
+        const auto &decay = by[i].since, &weighed = by[i].weighed;
+        float mix[4], same[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int d = mine[e / 2] - i * 8 - col - e % 2;
-          const float since = exp_(l[e / 2] - (e % 2 ? L.y : L.x));
-          decay[e] = d > 0 ? since : 0.f, same[e] = d == 0 ? 1.f : 0.f;
-          weighed[e] = decay[e] * (e % 2 ? w.y : w.x), mix[e] = same[e] * own[e / 2] + weighed[e];
+          same[e] = mine[e / 2] == i * 8 + col + e % 2 ? 1.f : 0.f;
+          mix[e] = same[e] * own[e / 2] + weighed[e];
         }
 #pragma unroll
         for (int r = 0; r < R; ++r)
@@ -101,7 +127,7 @@ __device__ __forceinline__ void along_n(const Arguments& a, GradientShared<Sh>& 
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const float of_row = over_quad(pairs[e]), of_own = over_quad(owned[e]);
-        if (lane % 4 == 0) in.pairs[rows[e]] = of_row, in.own[rows[e]] = of_own;
+        if (lane % 4 == 0) sums.pairs[rows[e]] = of_row, sums.own[rows[e]] = of_own;
       }
       constexpr int kFold = EIGHTS * 2 < 8 ? EIGHTS * 2 : 8;
 #pragma unroll
@@ -111,7 +137,7 @@ __device__ __forceinline__ void along_n(const Arguments& a, GradientShared<Sh>& 
         for (int i = 0; i < kFold; ++i) part[i] = later[from + i];
         const float all = fold(part);
         const int i = from + folded<kFold>();
-        if (row % (8 / kFold) == 0) in.later[warp][i / 2 * 8 + col + i % 2] = all;
+        if (row % (8 / kFold) == 0) sums.later[warp][i / 2 * 8 + col + i % 2] = all;
       }
 #pragma unroll
       for (int n = 0; n < ROWS / 8; ++n)
@@ -128,9 +154,9 @@ __device__ __forceinline__ void along_n(const Arguments& a, GradientShared<Sh>& 
 #pragma unroll
     for (int side = 0; side < 2; ++side) {  // q, k
       const auto &tile = side ? in.k : in.q, &other = side ? in.q : in.k;
-      const Tile<ROWS, P>& by = side ? in.v() : in.dys;
+      const Tile<ROWS, P>& by = side ? in.v(copies) : in.dys;
       const auto& state = side ? s.G : s.S;
-      auto& turned = s.scratch[side].turned;
+      auto& turned = side ? s.dS.turned : s.scores.turned;
       float d[N / 8][4];
       start();
 #pragma unroll
@@ -161,12 +187,12 @@ __device__ __forceinline__ void along_n(const Arguments& a, GradientShared<Sh>& 
       finish();
       // what was scores, or dS, is read: by the other warpgroup, or by this one
       if (side) wait_at(kProducts, 128);
-      else wait_at(kScoresRead, 256);
+      else if (!kApart) wait_at(kScoresRead, 256);
       if constexpr (Sh::kTurns) {
         float2 back[2][NA / 8];
-        turn_back<Sh>(d, p0, tile, in.turns, back);
+        turn_back<Sh>(d, p0, tile, copies.turns, back);
         add_bias<Sh>(
-            d, at<float>(side ? a.dB_bias : a.dC_bias) + ((long long)blockIdx.y * int(a.H) * here.blocks + unit) * (R < 4 ? 4 : R) * N,
+            d, at<float>(side ? a.dB_bias : a.dC_bias) + blockIdx.y * a.sums + unit * (R < 4 ? 4 : R) * N,
             turned[p0]);
         put_turned<Sh>(turned, p0, back);
       }
@@ -176,7 +202,8 @@ __device__ __forceinline__ void along_n(const Arguments& a, GradientShared<Sh>& 
         for (int e = 0; e < 4; ++e) sum[side][n][e] += d[n][e];
     }
     if constexpr (Sh::kTurns) arrive_at(kTurned, 256);
-    arrive_at(kEmpty + stage, 512);
+    arrive_at(kEmpty + stage, 384);
+    leave(s.left[it % kCopies]);
     if (last_unit) {
       const Sequence& seq = here.seq;
       const long long in_row = seq.first + start_;
@@ -198,13 +225,14 @@ template <class Sh>
 __device__ __forceinline__ void along_p(const Arguments& a, GradientShared<Sh>& s, const Place& here) {
   using T = typename Sh::T;
   using Two = Pair<T>;
-  constexpr int CT = Sh::CT, R = Sh::R, TB = Sh::TB, N = Sh::N, EIGHTS = Sh::EIGHTS, kStages = GradientShared<Sh>::kStages;
+  constexpr int CT = Sh::CT, R = Sh::R, TB = Sh::TB, N = Sh::N, EIGHTS = Sh::EIGHTS;
+  constexpr int kStages = GradientShared<Sh>::kStages, kCopies = GradientShared<Sh>::kCopies;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row = lane / 4, col = lane % 4 * 2;
   const int p0 = warp * 16, p[2] = {p0 + row, p0 + row + 8};
   const int units = int(a.units), items = here.chunks * units, all_p = int(a.P), width = min(P, all_p), H = int(a.H), U = H * here.blocks;
   const bool gated = a.z;
   const float plain = gated ? 0.f : 1.f;  // without gates z is 0
-  const auto& scores = s.scratch[0].tile;
+  const auto& scores = s.scores.tile;
   if (threadIdx.x == 128) fetch_states<Sh>(a, s, here, {});
 
   Step step;
@@ -215,13 +243,15 @@ __device__ __forceinline__ void along_p(const Arguments& a, GradientShared<Sh>& 
     const int start_ = (here.chunk + j) * CT, live = seq.length - start_, stage = it % kStages, t = int(threadIdx.x) % 128;
     const long long token = seq.token + start_, in_row = seq.first + start_, of_unit = unit * a.tokens + token;
     auto& in = s.stage[stage];
-    const auto& decays = in.decays;
+    auto& sums = s.sums[stage];
+    auto& copies = s.copies[it % kCopies];
+    const auto& decays = copies.decays;
     const auto parameter = [&](const auto& of, int r, int e) { return Sh::kRanks ? of[r][p[e]] : 1.f; };
 
     wait_at(kFull + stage, 384);
     s.states.wait(it % 2);
     float y[ROWS / 8][4], dv[ROWS / 8][4];
-    const float end = decays.L[CT - 1];
+    const float end = decays.L()[CT - 1];
     {
       float both[P / 8][4], energy = 0.f;  // <S, G>, the diagonal of a product
       start();
@@ -237,7 +267,7 @@ __device__ __forceinline__ void along_p(const Arguments& a, GradientShared<Sh>& 
         for (int e = 0; e < 4; ++e) energy += n * 8 + col + e % 2 == p[e / 2] ? both[n][e] : 0.f;
 #pragma unroll
       for (int d = 16; d; d /= 2) energy += __shfl_xor_sync(~0u, energy, d);
-      if (lane == 0) in.energy[warp] = energy;
+      if (lane == 0) sums.energy[warp] = energy;
     }
     // what tokens read of S and write to G, before y and dv take their decays
     unsigned dys[4][4], v[4][4];  // transposed, as A operands
@@ -246,15 +276,15 @@ __device__ __forceinline__ void along_p(const Arguments& a, GradientShared<Sh>& 
       float read[kFold], written[kFold];
 #pragma unroll
       for (int b = 0; b < 4; ++b) {
-        in.dys.operand_columns(dys[b], b * 16, p0), in.v().operand_columns(v[b], b * 16, p0);
+        in.dys.operand_columns(dys[b], b * 16, p0), in.v(copies).operand_columns(v[b], b * 16, p0);
         if (b == 0 || (R == 1 && b == 2))
 #pragma unroll
           for (int i = 0; i < kFold; ++i) read[i] = 0.f, written[i] = 0.f;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int eight = (2 * b + half) % EIGHTS, i = eight * 2 % kFold;
-          const float2 L = *reinterpret_cast<const float2*>(&decays.L[eight * 8 + col]);
-          const float2 w = *reinterpret_cast<const float2*>(&decays.w[eight * 8 + col]);
+          const float2 L = *reinterpret_cast<const float2*>(&decays.L()[eight * 8 + col]);
+          const float2 w = *reinterpret_cast<const float2*>(&decays.w()[eight * 8 + col]);
           const float2 grown = {exp_(L.x), exp_(L.y)}, stays = {exp_(end - L.x), exp_(end - L.y)};
           const float2 weighed = {stays.x * w.x, stays.y * w.y};
 #pragma unroll
@@ -270,7 +300,7 @@ __device__ __forceinline__ void along_p(const Arguments& a, GradientShared<Sh>& 
         if (b == 3 || (R == 1 && b == 1)) {
           const float of_read = fold(read), of_written = fold(written);
           const int i = (R == 1 ? b / 2 * 8 : 0) + folded<kFold>(), token_ = i / 2 * 8 + col + i % 2;
-          if (row % (8 / kFold) == 0) in.read[warp][token_] = of_read, in.written[warp][token_] = of_written;
+          if (row % (8 / kFold) == 0) sums.read[warp][token_] = of_read, sums.written[warp][token_] = of_written;
         }
       }
     }
@@ -288,14 +318,14 @@ __device__ __forceinline__ void along_p(const Arguments& a, GradientShared<Sh>& 
       const auto sum = [&](const float (&x)[4][CT]) { return x[0][t] + x[1][t] + x[2][t] + x[3][t]; };
       float of_pairs = 0.f, of_own = 0.f;
 #pragma unroll
-      for (int r = 0; r < R; ++r) of_pairs += in.pairs[r * CT + t], of_own += in.own[r * CT + t];
-      const float written = sum(in.written);
+      for (int r = 0; r < R; ++r) of_pairs += sums.pairs[r * CT + t], of_own += sums.own[r * CT + t];
+      const float written = sum(sums.written);
       at<float>(a.PAIRS)[of_unit + t] = of_pairs, at<float>(a.DOWN)[of_unit + t] = of_own;
-      at<float>(a.READ)[of_unit + t] = sum(in.read), at<float>(a.WRITE)[of_unit + t] = written;
-      at<float>(a.DW)[of_unit + t] = sum(in.later) + written;
+      at<float>(a.READ)[of_unit + t] = sum(sums.read), at<float>(a.WRITE)[of_unit + t] = written;
+      at<float>(a.DW)[of_unit + t] = sum(sums.later) + written;
       if (t == 0)
         at<float>(a.energy)[(here.span * a.every + j) * U + unit] =
-            exp_(end) * (in.energy[0] + in.energy[1] + in.energy[2] + in.energy[3]);
+            exp_(end) * (sums.energy[0] + sums.energy[1] + sums.energy[2] + sums.energy[3]);
     }
 
     // gates, and sums over ranks and tokens; dz leaves through z's place, dx through dy's
@@ -304,19 +334,19 @@ __device__ __forceinline__ void along_p(const Arguments& a, GradientShared<Sh>& 
 #pragma unroll
     for (int tb = 0; tb < TB; ++tb) {
       unsigned xs[4], zs[4] = {}, ds[4];
-      in.x.columns(xs, tb * 16, p0);
-      in.dy.columns(ds, tb * 16, p0);
-      if (gated) in.z.columns(zs, tb * 16, p0);
+      copies.x.columns(xs, tb * 16, p0);
+      copies.dy.columns(ds, tb * 16, p0);
+      if (gated) copies.z.columns(zs, tb * 16, p0);
       float2 dz[4] = {}, dx[4] = {};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float2 x = Two::unpack(xs[e]), z = Two::unpack(zs[e]), dy = Two::unpack(ds[e]);
-        const float skip = in.parameters.skip[p[e / 2]];
+        const float skip = copies.parameters.skip[p[e / 2]];
 #pragma unroll
         for (int b = tb; b < 4; b += TB) {
           const int r = Sh::rank(2 * b + e % 2);
-          const float psi = parameter(in.parameters.psi, r, e / 2), zeta = parameter(in.parameters.zeta, r, e / 2);
-          const float phi = parameter(in.parameters.phi, r, e / 2), through = skip * psi, both = zeta * phi;
+          const float psi = parameter(copies.parameters.psi, r, e / 2), zeta = parameter(copies.parameters.zeta, r, e / 2);
+          const float phi = parameter(copies.parameters.phi, r, e / 2), through = skip * psi, both = zeta * phi;
           const float *o = &y[2 * b + e % 2][e / 2 * 2], *u = &dv[2 * b + e % 2][e / 2 * 2];
           const float2 of_gate = {dy.x * (o[0] + through * x.x), dy.y * (o[1] + through * x.y)};
           const float2 gate = {z.x * zeta, z.y * zeta}, open = {sigmoid(gate.x), sigmoid(gate.y)};
@@ -337,16 +367,16 @@ __device__ __forceinline__ void along_p(const Arguments& a, GradientShared<Sh>& 
       if (CT < 16) both_halves(dz), both_halves(dx);
 #pragma unroll
       for (int e = 0; e < 4; ++e) zs[e] = Two::pack(dz[e].x, dz[e].y), ds[e] = Two::pack(dx[e].x, dx[e].y);
-      if (gated) in.z.put_columns(zs, tb * 16, p0);
-      in.dy.put_columns(ds, tb * 16, p0);
+      if (gated) copies.z.put_columns(zs, tb * 16, p0);
+      copies.dy.put_columns(ds, tb * 16, p0);
     }
     const long long of_tokens = ((seq.row * a.S + in_row) * H + h) * all_p + p_first;
-    if (gated) store_columns<Sh>(at<T>(a.dz) + of_tokens, H * all_p, in.z, p0, live, width);
-    store_columns<Sh>(at<T>(a.dx) + of_tokens, H * all_p, in.dy, p0, live, width);
-    const long long of_ranks = ((long long)blockIdx.y * H + h) * R * all_p + p_first;
+    if (gated) store_columns<Sh>(at<T>(a.dz) + of_tokens, H * all_p, copies.z, p0, live, width);
+    store_columns<Sh>(at<T>(a.dx) + of_tokens, H * all_p, copies.dy, p0, live, width);
+    const long long of_ranks = blockIdx.y * a.sums + h * R * all_p + p_first;
     if constexpr (Sh::kRanks) {
 #pragma unroll
-      for (int i = 0; i < 2 * R; ++i) gates[2 * R + i] *= parameter(in.parameters.phi, i / 2, i % 2);
+      for (int i = 0; i < 2 * R; ++i) gates[2 * R + i] *= parameter(copies.parameters.phi, i / 2, i % 2);
       over_row(gates);
       const bool of_phi = !(threadIdx.x & 2);
       const int i = over_row_first<4 * R>() % (2 * R), c = p0 + row + i % 2 * 8;
@@ -359,26 +389,29 @@ __device__ __forceinline__ void along_p(const Arguments& a, GradientShared<Sh>& 
     for (int n = 0; n < kInto / 4; ++n) {
       const int i = over_row_first<kInto>() + n, c = p0 + row + i % 2 * 8;
       const bool of_psi = Sh::kRanks && i < 2 * R, of_skip = a.D && i / 2 == R;
-      float* to = of_psi ? at<float>(a.dpsi) + of_ranks + i / 2 * all_p : at<float>(a.dD) + ((long long)blockIdx.y * H + h) * all_p + p_first;
+      float* to = of_psi ? at<float>(a.dpsi) + of_ranks + i / 2 * all_p : at<float>(a.dD) + blockIdx.y * a.sums + h * all_p + p_first;
       add(to + c, into[n], c < width && (of_psi || of_skip));
     }
-    arrive_at(kEmpty + stage, 512);
+    arrive_at(kEmpty + stage, 384);
+    leave(s.left[it % kCopies]);
   }
 }
 
 template <class Sh>
 struct Registers {  // of the warpgroups' threads; without ranks there are more angles a thread, and smaller rows
-  static constexpr int kN = 240, kP = 144, kRows = Sh::R == 1 ? 56 : 64, kAngles = 128 - kRows;
+  static constexpr int kN = 240, kP = 144, kRows = Sh::R == 1 ? 56 : 72, kAngles = 128 - kRows;
 };
 
 template <typename T, int MODEL, int R, int N>
-__global__ void __launch_bounds__(512, 1) gradient(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(512, 1) gradient(const __grid_constant__ Arguments a, const __grid_constant__ Maps maps) {
   using Sh = Shape<T, MODEL, R, N>;
   extern __shared__ __align__(1024) char bytes[];
   auto& s = *reinterpret_cast<GradientShared<Sh>*>(bytes);
-  const Place here = place<Sh>(a);
+  const Place here = place<Sh>(a, a.segment);
+  release_next();
   if (here.chunks == 0) return;
   if (threadIdx.x == 0) s.states.make(), s.done = 0, s.here = here;
+  if (threadIdx.x < GradientShared<Sh>::kCopies) s.copied[threadIdx.x].make(128), s.left[threadIdx.x].make(8);
   publish();
   __syncthreads();
   if (threadIdx.x < 128) {

@@ -1,7 +1,7 @@
 // A head's tiles in `gradient`: where its block works, what shared memory holds, and the two warpgroups that fill it.
 //
-// make_angles copies x, z, dy, decays and parameters, and makes the turns; make_rows turns q and k with them and makes v and
-// dys. Both are a stage ahead. make_angles also has the angles' gradients of the head whose stage it fills again.
+// make_angles copies x, z, dy, turns, decays and parameters; make_rows turns q and k and makes v and dys, a stage ahead. The
+// copies are a stage more ahead where there is room. make_angles also has the angles' gradients of the head whose place it fills again.
 #pragma once
 
 #include "ssd/accumulators.cuh"
@@ -17,21 +17,42 @@ struct Place {
 };
 
 template <class Sh>
-struct GradientStage {  // a head's
-  Tile<ROWS, Sh::N> q, k;
-  Tile<ROWS, P> dys;
-  Tile<Sh::kRanks ? ROWS : 8, P> scaled;  // v, which without ranks is x
+struct GradientCopies {  // what is copied for a head
   Tile<Sh::CT, P> x, z, dy;
   Turns<Sh> turns;
   Decays<Sh> decays;
   Parameters<Sh> parameters;
-  // sums over a warp's columns of P, or over its rows, or over their columns
-  float read[4][Sh::CT], written[4][Sh::CT], later[4][Sh::CT], pairs[ROWS], own[ROWS], energy[4];
+};
 
-  __device__ auto& v() {
+template <class Sh>
+struct GradientStage {  // what is made of it
+  Tile<ROWS, Sh::N> q, k;
+  Tile<ROWS, P> dys;
+  Tile<Sh::kRanks ? ROWS : 8, P> scaled;
+
+  __device__ auto& v(GradientCopies<Sh>& copies) {  // without ranks it is x
     if constexpr (Sh::kRanks) return scaled;
-    else return x;
+    else return copies.x;
   }
+};
+
+template <class Sh>
+struct GradientSums {  // over a warp's columns of P, or over its rows, or over their columns
+  float read[4][Sh::CT], written[4][Sh::CT], later[4][Sh::CT], pairs[ROWS], own[ROWS], energy[4];
+};
+
+// The scores, or dm, through the decays; and what is turned back of q, or of k: in the same place, or apart.
+template <class Sh, bool kApart>
+struct Scratch {
+  Tile<ROWS, ROWS> tile;
+  Turned<Sh> turned;
+};
+template <class Sh>
+struct Scratch<Sh, false> {
+  union {
+    Tile<ROWS, ROWS> tile;
+    Turned<Sh> turned;
+  };
 };
 
 template <class Sh, bool kKept>
@@ -44,37 +65,41 @@ struct GradientKept<Sh, false> {};
 template <class Sh>
 struct GradientShared {
   static constexpr bool kKept = Sh::R >= 4 && Sh::N <= 128;
-  union Scratch {
-    Tile<ROWS, ROWS> tile;  // the scores, or dm, through the decays
-    Turned<Sh> turned;      // what is turned back of q, or of k
-  };
-  static constexpr int kOnce = (kKept ? 2 : 0) * sizeof(Tile<ROWS, Sh::N>) + 2 * sizeof(Tile<P, Sh::N>) + 2 * sizeof(Scratch) + 16 * Sh::CT + 256;
-  static constexpr int kStages = kOnce + 2 * sizeof(GradientStage<Sh>) > 227 * 1024 ? 1 : 2;
+  static constexpr int kOnce =
+      (kKept ? 2 : 0) * sizeof(Tile<ROWS, Sh::N>) + 2 * sizeof(Tile<P, Sh::N>) + 2 * sizeof(Scratch<Sh, false>) + 16 * Sh::CT + 256;
+  static constexpr int kMade = sizeof(GradientStage<Sh>) + sizeof(GradientSums<Sh>), kCopied = sizeof(GradientCopies<Sh>);
+  static constexpr int kRoom = 227 * 1024 - kOnce;
+  static constexpr int kStages = 2 * (kMade + kCopied) > kRoom ? 1 : 2;
+  static constexpr int kCopies = kStages * kMade + (kStages + 1) * kCopied > kRoom ? kStages : kStages + 1;
+  static constexpr bool kApart = kStages * kMade + kCopies * kCopied + sizeof(Tile<ROWS, ROWS>) <= kRoom;
   GradientStage<Sh> stage[kStages];
+  GradientCopies<Sh> copies[kCopies];
   Tile<P, Sh::N> S, G;
-  Scratch scratch[2];
+  Scratch<Sh, kApart> scores;
+  Scratch<Sh, false> dS;
+  GradientKept<Sh, kKept> kept;
+  GradientSums<Sh> sums[kStages];
   float by_token[4][Sh::CT];
-  Arrival states;
+  Arrival states, copied[kCopies], left[kCopies];  // copies are there; the warps with N and P are done with them
   int done;
   Place here;  // not in registers, of which there are too few
-  GradientKept<Sh, kKept> kept;
 };
 
-// Where a block works; chunks is 0 where there is nothing.
+// Where a block works in the segment from a span on; chunks is 0 where there is nothing.
 template <class Sh>
-__device__ inline Place place(const Arguments& a) {
+__device__ inline Place place(const Arguments& a, long long segment) {
   Place p{};
   p.group = blockIdx.x / int(a.splits), p.split = blockIdx.x % int(a.splits), p.blocks = max(1, int(a.P) / P);
   p.first = p.group * int(a.heads_per_group) * p.blocks + p.split * int(a.units);
   long long of_sequence;
   if (a.cu) {
-    p.span = a.segment + blockIdx.y;
+    p.span = segment + blockIdx.y;
     if (p.span >= a.spans) return p;
     p.sequence = at<const int>(a.sequence_of)[p.span];
     if (p.sequence >= a.sequences) return p;
     of_sequence = p.span - first_span(a, p.sequence);
   } else {
-    p.sequence = blockIdx.y / int(a.segment_spans), of_sequence = a.segment + blockIdx.y % int(a.segment_spans);
+    p.sequence = blockIdx.y / int(a.segment_spans), of_sequence = segment + blockIdx.y % int(a.segment_spans);
     if (of_sequence >= a.spans) return p;
     p.span = p.sequence * a.spans + of_sequence;
   }
@@ -98,7 +123,7 @@ template <class Sh>
 __device__ __forceinline__ void make_rows(const Arguments& a, GradientShared<Sh>& s, const Place& here) {
   using T = typename Sh::T;
   using Row = Rows<Sh, 2>;
-  constexpr int CT = Sh::CT, R = Sh::R, N = Sh::N, kStages = GradientShared<Sh>::kStages;
+  constexpr int CT = Sh::CT, R = Sh::R, N = Sh::N, kStages = GradientShared<Sh>::kStages, kCopies = GradientShared<Sh>::kCopies;
   const Sequence& seq = here.seq;
   const int units = int(a.units), items = here.chunks * units;
   const bool gated = a.z;
@@ -112,11 +137,14 @@ __device__ __forceinline__ void make_rows(const Arguments& a, GradientShared<Sh>
     const int start_ = (here.chunk + step.j) * CT, live = seq.length - start_;
     const bool first_unit = step.i == 0;
     auto& to = s.stage[stage];
+    const auto& in = s.copies[it % kCopies];
     step.next(units);
     typename Row::Bias bias;
     typename Row::Coming coming;
     if constexpr (Sh::kTurns) coming.load(row, at<const float>(row.tile ? a.B_bias : a.C_bias) + h * R * N);
-    if (it >= kStages) wait_at(kEmpty + stage, 512);
+    const auto empty = [&] {
+      if (it >= kStages) wait_at(kEmpty + stage, 384);
+    };
     const auto copy = [&](auto& q, auto& k) {
       int of_token[2] = {int(a.C_s), int(a.B_s)}, of_rank[2] = {int(a.C_r), int(a.B_r)};
 #pragma unroll
@@ -129,31 +157,33 @@ __device__ __forceinline__ void make_rows(const Arguments& a, GradientShared<Sh>
     };
     auto& turned = row.tile ? to.k : to.q;
     const Tile<ROWS, N>* from = &turned;
-    if constexpr (!GradientShared<Sh>::kKept)
+    if constexpr (!GradientShared<Sh>::kKept) {
+      empty();
       copy(to.q, to.k);
-    else {
+    } else {
       from = row.tile ? &s.kept.B : &s.kept.C;
       if (first_unit) {
         wait_at(kTurning, 128);  // the chunk before is turned
         copy(s.kept.C, s.kept.B);
       }
+      empty();
     }
-    wait_at(kReady + stage, 256);
+    s.copied[it % kCopies].wait(it / kCopies % 2);
     if constexpr (Sh::kTurns) coming.round(bias);
-    row.template turn<1>(turned, *from, bias, to.turns);
+    row.template turn<1>(turned, *from, bias, in.turns);
 #pragma unroll 1
     for (int n = 0; n < (CT * 8 + 127) / 128; ++n) {
       const int i = threadIdx.x % 128 + n * 128, t = i / 8, c = i % 8 * 8;
       if (CT * 8 < 128 && i >= CT * 8) break;
-      const uint4 raw = get16(to.dy.unit(t, c));
+      const uint4 raw = get16(in.dy.unit(t, c));
       if (!Sh::kRanks && !gated) {
         put16(to.dys.unit(t, c), raw);
         continue;
       }
       float d[8], z[8], x[8];
       unpack8<T>(d, raw);
-      unpack8<T>(z, gated ? get16(to.z.unit(t, c)) : uint4{});
-      unpack8<T>(x, get16(to.x.unit(t, c)));
+      unpack8<T>(z, gated ? get16(in.z.unit(t, c)) : uint4{});
+      unpack8<T>(x, get16(in.x.unit(t, c)));
 #pragma unroll 1
       for (int r = 0; r < R; ++r) {
         float gate[8], v[8];
@@ -161,7 +191,7 @@ __device__ __forceinline__ void make_rows(const Arguments& a, GradientShared<Sh>
         for (int e = 0; e < 8; ++e) gate[e] = z[e];
         if constexpr (Sh::kRanks) {
           float psi[8], phi[8], zeta[8];
-          load(zeta, &to.parameters.zeta[r][c]), load(psi, &to.parameters.psi[r][c]), load(phi, &to.parameters.phi[r][c]);
+          load(zeta, &in.parameters.zeta[r][c]), load(psi, &in.parameters.psi[r][c]), load(phi, &in.parameters.phi[r][c]);
 #pragma unroll
           for (int e = 0; e < 8; ++e) v[e] = x[e] * psi[e];
           put16(to.scaled.unit(r * CT + t, c), pack8<T>(v));
@@ -181,20 +211,19 @@ __device__ __forceinline__ void make_rows(const Arguments& a, GradientShared<Sh>
   }
 }
 
-// The warpgroup that makes turns, copies the rest, and has the angles' gradients.
+// The warpgroup that copies, and has the angles' gradients.
 template <class Sh>
 __device__ __forceinline__ void make_angles(const Arguments& a, GradientShared<Sh>& s, const Place& here) {
   using T = typename Sh::T;
-  constexpr int CT = Sh::CT, R = Sh::R, NA = Sh::NA, kStages = GradientShared<Sh>::kStages;
+  constexpr int CT = Sh::CT, NA = Sh::NA, kCopies = GradientShared<Sh>::kCopies;
   const Sequence& seq = here.seq;
-  const int units = int(a.units), items = here.chunks * units, width = min(P, int(a.P)), t = int(threadIdx.x) % 128;
+  const int units = int(a.units), items = here.chunks * units, H = int(a.H), width = min(P, int(a.P)), t = int(threadIdx.x) % 128;
   const bool gated = a.z;
   Step step, behind;
-  for (int it = 0; it < items + (Sh::kTurns ? kStages : 0); ++it) {
-    const int stage = it % kStages;
-    auto& to = s.stage[stage];
+  for (int it = 0; it < items + (Sh::kTurns ? kCopies : 0); ++it) {
+    auto& to = s.copies[it % kCopies];
     if constexpr (Sh::kTurns)
-      if (it >= kStages) {  // the angles' gradients of the head that had the stage
+      if (it >= kCopies) {  // the angles' gradients of the head that had the place
         const int unit = here.first + behind.i, h = here.head(unit), start_ = (here.chunk + behind.j) * CT;
         const int live = seq.length - start_;
         const long long token = seq.token + start_;
@@ -203,7 +232,7 @@ __device__ __forceinline__ void make_angles(const Arguments& a, GradientShared<S
         AngleGradients<Sh> angles;
         angles.load(at<const float>(a.angles) + seq.row * a.a_b + (seq.first + start_) * a.a_s + h * a.a_h, int(a.a_s), live);
         angles.sum(
-            s.scratch[0].turned, s.scratch[1].turned, to.decays, at<float>(a.dangle_sum) + place * NA, each || behind.i == 0,
+            s.scores.turned, s.dS.turned, to.decays, at<float>(a.dangle_sum) + place * NA, each || behind.i == 0,
             at<float>(a.total) + ((here.span * a.every + behind.j) * a.H * here.blocks + unit) * NA, s.by_token, live);
         wait_at(kAngles, 128);
         if (t < CT && t < live) {
@@ -219,25 +248,15 @@ __device__ __forceinline__ void make_angles(const Arguments& a, GradientShared<S
     const int start_ = (here.chunk + j) * CT, live = seq.length - start_;
     const long long token = h * a.tokens + seq.token + start_, in_row = seq.first + start_;
     step.next(units);
-    Angles<Sh> angle;
-    float base = 0.f;
-    if constexpr (Sh::kTurns) {
-      angle.load(
-          at<const float>(a.angles) + seq.row * a.a_b + in_row * a.a_s + h * a.a_h, int(a.a_s), at<const float>(a.DT) + token, live);
-      if (Angles<Sh>::mine())
-        base = at<const float>(a.bases)[((here.span * a.every + j) * a.H + h) * NA + Angles<Sh>::index()];
-    }
-    if (it >= kStages) wait_at(kEmpty + stage, 512);
+    if (it >= kCopies) s.left[it % kCopies].wait((it / kCopies - 1) % 2);
     copy_tokens<Sh>(to.x, at<const T>(a.x) + seq.row * a.x_b + in_row * a.x_s + h * a.x_h + p_first, int(a.x_s), live, width);
     copy_tokens<Sh>(to.dy, at<const T>(a.dy) + seq.row * a.dy_b + in_row * a.dy_s + h * a.dy_h + p_first, int(a.dy_s), live, width);
     if (gated)
       copy_tokens<Sh>(to.z, at<const T>(a.z) + seq.row * a.z_b + in_row * a.z_s + h * a.z_h + p_first, int(a.z_s), live, width);
-    copy_decays<Sh>(to.decays, a, token, live);
+    copy_decays<Sh>(to.decays, at<const float>(a.L) + token, int(a.H * a.tokens), live);
     copy_parameters<Sh, 128>(to.parameters, a, h, p_first, width);
-    commit();
-    if constexpr (Sh::kTurns) angle.turn(to.turns, base);
-    wait_copies();
-    arrive_at(kReady + stage, 256);
+    if constexpr (Sh::kTurns) copy_turns<Sh>(to.turns, at<const Turns<Sh>>(a.turns) + (blockIdx.y * a.every + j) * H + h);
+    s.copied[it % kCopies].arrive_when_copied();
   }
 }
 

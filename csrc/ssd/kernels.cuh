@@ -3,4 +3,5 @@
 
 #include "ssd/forward.cuh"
 #include "ssd/gradient.cuh"
+#include "ssd/turns.cuh"
 #include "ssd/walk.cuh"

@@ -8,6 +8,8 @@
 #include <cstring>
 #include <optional>
 
+#include <cuda.h>
+
 #include "common.h"
 #include "ssd/kernels.cuh"
 
@@ -24,6 +26,7 @@ struct Built {
    reinterpret_cast<const void*>(&kernel<T, model, rank, d_state>)}
 #define NAM56R_SSD_ALL(element, T, model, rank, d_state)                                       \
   NAM56R_SSD(forward, element, T, model, rank, d_state),                                       \
+      NAM56R_SSD(turns, element, T, model, rank, d_state),                                     \
       NAM56R_SSD(walk, element, T, model, rank, d_state),                                      \
       NAM56R_SSD(gradient, element, T, model, rank, d_state)
 const Built kBuilt[] = {
@@ -46,9 +49,35 @@ int64_t with_constant(const char* what, int64_t value, F f) {
 template <class Sh>
 int64_t shared_bytes(const std::string& kernel) {
   if (kernel == "forward") return sizeof(ForwardShared<Sh>);
+  if (kernel == "turns") return 0;
   if (kernel == "walk") return sizeof(WalkShared<Sh>);
   if (kernel == "gradient") return sizeof(GradientShared<Sh>);
   STD_TORCH_CHECK(false, "ssd: there is no kernel ", kernel);
+}
+
+// A tensor as [batch, rank, token, group, column], in boxes of a chunk's rows and 64 columns, swizzled as a Tile is.
+TensorMap map_of(
+    void* address, int64_t batch, int64_t rank, int64_t tokens, int64_t groups, int64_t columns, int64_t of_batch, int64_t of_rank,
+    int64_t of_token, int64_t of_group, int64_t chunk) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    STD_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
+    STD_TORCH_CHECK(function, "ssd: the driver has no cuTensorMapEncodeTiled: install one of CUDA 12 or later");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  TensorMap map;
+  static_assert(sizeof(map) == sizeof(CUtensorMap));
+  const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(groups), cuuint64_t(tokens), cuuint64_t(rank), cuuint64_t(batch)};
+  // an axis of one has any stride; a map's are multiples of 16 bytes
+  const auto bytes = [](int64_t size, int64_t stride) { return size == 1 ? cuuint64_t(16) : cuuint64_t(stride * 2); };
+  const cuuint64_t strides[] = {bytes(groups, of_group), bytes(tokens, of_token), bytes(rank, of_rank), bytes(batch, of_batch)};
+  const cuuint32_t box[] = {64, 1, cuuint32_t(chunk), cuuint32_t(rank), 1}, steps[] = {1, 1, 1, 1, 1};
+  const CUresult result = encode(
+      reinterpret_cast<CUtensorMap*>(&map), CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, address, sizes, strides, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  STD_TORCH_CHECK(result == CUDA_SUCCESS, "ssd: cuTensorMapEncodeTiled refuses a tensor's strides (error ", int(result), ")");
+  return map;
 }
 
 }  // namespace
@@ -90,8 +119,8 @@ int64_t ssd_shared(std::string kernel, int64_t model, int64_t rank, int64_t d_st
 }
 
 void ssd_launch(
-    Tensor on, int64_t kernel, int64_t grid_x, int64_t grid_y, int64_t grid_z, int64_t threads, int64_t shared,
-    std::vector<int64_t> arguments) {
+    Tensor on, int64_t kernel, bool early, int64_t rank, int64_t d_state, int64_t grid_x, int64_t grid_y, int64_t grid_z, int64_t threads,
+    int64_t shared, std::vector<int64_t> arguments) {
   const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
   ssd::Arguments packed;
   STD_TORCH_CHECK(
@@ -100,12 +129,23 @@ void ssd_launch(
   if (grid_x == 0 || grid_y == 0 || grid_z == 0) return;
   STD_TORCH_CHECK(grid_y < 65536, "ssd_launch: ", grid_y, " sequences or spans are too many: at most 65535");
   std::memcpy(&packed, arguments.data(), sizeof(packed));
+  ssd::Maps maps;
+  const int64_t batch = packed.cu ? 1 : packed.sequences;
+  const int64_t tokens = packed.S, chunk = ssd::ROWS / rank;
+  maps.B = ssd::map_of(packed.B, batch, rank, tokens, packed.G, d_state, packed.B_b, packed.B_r, packed.B_s, packed.B_g, chunk);
+  maps.C = ssd::map_of(packed.C, batch, rank, tokens, packed.G, d_state, packed.C_b, packed.C_r, packed.C_s, packed.C_g, chunk);
+  maps.x = ssd::map_of(packed.x, batch, 1, tokens, packed.H, packed.P, packed.x_b, 0, packed.x_s, packed.x_h, chunk);
+  if (packed.z) maps.z = ssd::map_of(packed.z, batch, 1, tokens, packed.H, packed.P, packed.z_b, 0, packed.z_s, packed.z_h, chunk);
   const void* function = reinterpret_cast<const void*>(kernel);
   STD_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-  void* pointers[] = {&packed};
-  STD_CUDA_CHECK(cudaLaunchKernel(
-      function, dim3(unsigned(grid_x), unsigned(grid_y), unsigned(grid_z)), dim3(unsigned(threads)), pointers, shared,
-      stream_of(on)));
+  void* pointers[] = {&packed, &maps};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(grid_x), unsigned(grid_y), unsigned(grid_z)), config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = shared, config.stream = stream_of(on);
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization, overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap, config.numAttrs = early;
+  STD_CUDA_CHECK(cudaLaunchKernelExC(&config, function, pointers));
 }
 
 }  // namespace nam56r

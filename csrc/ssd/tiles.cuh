@@ -55,7 +55,7 @@ __device__ __forceinline__ void load(float (&x)[n], const float* from) {
 }
 
 template <class Sh>
-struct Turns {  // of a chunk: cos and sin in a register's halves; rows padded so that neighbouring tokens lie in different banks
+struct alignas(16) Turns {  // of a chunk: cos and sin in a register's halves; rows padded: neighbours lie in different banks
   static constexpr int kPad = Sh::CT * Sh::N > 8192 ? 0 : 4;  // there is no room where both are large
   unsigned x[Sh::kTurns ? Sh::CT : 1][Sh::NA + kPad];
 
@@ -69,7 +69,12 @@ struct Turns {  // of a chunk: cos and sin in a register's halves; rows padded s
 
 template <class Sh>
 struct Decays {
-  float L[Sh::CT], w[Sh::CT], own[Sh::CT], dt[Sh::CT];  // L past the end is that of the last token
+  float x[4][Sh::CT];
+
+  __device__ auto& L() const { return x[0]; }  // past the end that of the last token
+  __device__ auto& w() const { return x[1]; }
+  __device__ auto& own() const { return x[2]; }
+  __device__ auto& dt() const { return x[3]; }
 };
 
 // What one of 128 threads turns of a chunk's rows, of q or of k or of both (TILES): always the same columns of one rank, so
@@ -116,45 +121,61 @@ struct Rows {
     x.load(*this, of_head), x.round(bias);
   }
 
-  // Adds the biases and turns, from one tile to another or in place; kAtOnce items without a branch.
-  template <int kAtOnce = ITEMS>
+  static constexpr bool kDistant = Sh::MODEL == kMimo;  // pairs N / 2 apart, or adjacent
+  static constexpr int kAngles = kDistant ? 8 : 4;
+  struct Item {
+    uint4 by[kAngles / 4], x[PIECES];
+  };
+  __device__ __forceinline__ void get(Item& to, int i, const Tile<ROWS, N>& from, const Turns<Sh>& turns) const {
+    const int token = first + later(i), row = rank * Sh::CT + token;
+#pragma unroll
+    for (int n = 0; n < kAngles / 4; ++n) to.by[n] = get16(&turns.x[token][Turns<Sh>::at(column * kAngles / 8 + n * 4)]);
+#pragma unroll
+    for (int piece = 0; piece < PIECES; ++piece) to.x[piece] = get16(from.unit(row, column + on(piece)));
+  }
+  __device__ __forceinline__ void put(Item& item, int i, Tile<ROWS, N>& to, const Bias& bias) const {
+    const int row = rank * Sh::CT + first + later(i);
+    float2 by[kAngles];
+#pragma unroll
+    for (int n = 0; n < kAngles; n += 4) {
+      const uint4 four = item.by[n / 4];
+      by[n] = Turns<Sh>::unpack(four.x), by[n + 1] = Turns<Sh>::unpack(four.y);
+      by[n + 2] = Turns<Sh>::unpack(four.z), by[n + 3] = Turns<Sh>::unpack(four.w);
+    }
+    uint4(&x)[PIECES] = item.x;
+#pragma unroll
+    for (int piece = 0; piece < PIECES; ++piece) {
+      const uint4 b = bias[piece], raw = x[piece];
+      x[piece] = {Pair<T>::add(raw.x, b.x), Pair<T>::add(raw.y, b.y), Pair<T>::add(raw.z, b.z), Pair<T>::add(raw.w, b.w)};
+    }
+    float u[TURNED][8];
+#pragma unroll
+    for (int piece = 0; piece < TURNED; ++piece) unpack8<T>(u[piece], x[piece]);
+#pragma unroll
+    for (int e = 0; e < kAngles; ++e) {
+      float& a = kDistant ? u[0][e] : u[0][2 * e % 8];
+      float& b = kDistant ? u[TURNED - 1][e] : u[0][(2 * e + 1) % 8];
+      const float turned = a * by[e].x - b * by[e].y;
+      b = a * by[e].y + b * by[e].x, a = turned;
+    }
+#pragma unroll
+    for (int piece = 0; piece < PIECES; ++piece)
+      put16(to.unit(row, column + on(piece)), piece < TURNED ? pack8<T>(u[piece % TURNED]) : x[piece]);
+  }
+
+  // Adds the biases and turns, from one tile to another or in place: kAtOnce items without a branch, with kAhead each loaded
+  // before the one before it is stored, which takes 24 registers.
+  template <int kAtOnce, bool kAhead = false>
   __device__ __forceinline__ void turn(Tile<ROWS, N>& to, const Tile<ROWS, N>& from, const Bias& bias, const Turns<Sh>& turns) const {
-    constexpr bool kDistant = Sh::MODEL == kMimo;  // pairs N / 2 apart, or adjacent
-    constexpr int kAngles = kDistant ? 8 : 4;
-    if constexpr (Sh::kTurns)
-      if (mine())
+    if (!Sh::kTurns || !mine()) return;
+    Item item[2];
+    if (kAhead) get(item[0], 0, from, turns);
 #pragma unroll kAtOnce
-        for (int i = 0; i < ITEMS; ++i) {
-          const int token = first + later(i), row = rank * Sh::CT + token;
-          float2 by[kAngles];
-#pragma unroll
-          for (int n = 0; n < kAngles; n += 4) {
-            const uint4 four = get16(&turns.x[token][Turns<Sh>::at(column * kAngles / 8 + n)]);
-            by[n] = Turns<Sh>::unpack(four.x), by[n + 1] = Turns<Sh>::unpack(four.y);
-            by[n + 2] = Turns<Sh>::unpack(four.z), by[n + 3] = Turns<Sh>::unpack(four.w);
-          }
-          uint4 x[PIECES];
-#pragma unroll
-          for (int piece = 0; piece < PIECES; ++piece) x[piece] = get16(from.unit(row, column + on(piece)));
-#pragma unroll
-          for (int piece = 0; piece < PIECES; ++piece) {
-            const uint4 b = bias[piece];
-            x[piece] = {Pair<T>::add(x[piece].x, b.x), Pair<T>::add(x[piece].y, b.y), Pair<T>::add(x[piece].z, b.z), Pair<T>::add(x[piece].w, b.w)};
-          }
-          float u[TURNED][8];
-#pragma unroll
-          for (int piece = 0; piece < TURNED; ++piece) unpack8<T>(u[piece], x[piece]);
-#pragma unroll
-          for (int e = 0; e < kAngles; ++e) {
-            float& a = kDistant ? u[0][e] : u[0][2 * e % 8];
-            float& b = kDistant ? u[TURNED - 1][e] : u[0][(2 * e + 1) % 8];
-            const float turned = a * by[e].x - b * by[e].y;
-            b = a * by[e].y + b * by[e].x, a = turned;
-          }
-#pragma unroll
-          for (int piece = 0; piece < PIECES; ++piece)
-            put16(to.unit(row, column + on(piece)), piece < TURNED ? pack8<T>(u[piece % TURNED]) : x[piece]);
-        }
+    for (int i = 0; i < ITEMS; ++i) {
+      if (!kAhead) get(item[0], i, from, turns);
+      else if (i + 1 < ITEMS) get(item[(i + 1) % 2], i + 1, from, turns);
+      put(item[kAhead ? i % 2 : 0], i, to, bias);
+    }
   }
 };
 
@@ -183,6 +204,23 @@ __device__ __forceinline__ void copy_rows(
   }
 }
 
+// Zeroes rows of tokens from `live` on.
+template <class Sh>
+__device__ __forceinline__ void clear_rows(Tile<ROWS, Sh::N>& tile, int live) {
+#pragma unroll 1
+  for (int i = threadIdx.x % 128; i < ROWS * Sh::N / 8; i += 128)
+    if (const int row = i / (Sh::N / 8); row % Sh::CT >= live) put16(tile.unit(row, i % (Sh::N / 8) * 8), uint4{});
+}
+
+// Zeroes a warp's 16 columns of x and z, from p0 on, of tokens from `live` on.
+template <class Sh>
+__device__ __forceinline__ void clear_columns(Tile<Sh::CT, P>& x, Tile<Sh::CT, P>& z, int p0, int live) {
+#pragma unroll 1
+  for (int i = live * 2 + threadIdx.x % 32; i < Sh::CT * 2; i += 32)
+    put16(x.unit(i / 2, p0 + i % 2 * 8), uint4{}), put16(z.unit(i / 2, p0 + i % 2 * 8), uint4{});
+  __syncwarp();
+}
+
 // The same of x, z or dy.
 template <class Sh>
 __device__ __forceinline__ void copy_tokens(
@@ -197,20 +235,27 @@ __device__ __forceinline__ void copy_tokens(
 }
 
 template <class Sh>
-__device__ __forceinline__ void copy_decays(Decays<Sh>& to, const Arguments& a, long long from, int live) {
-  const int i = threadIdx.x % 128;
-  if (i < Sh::CT) {
-    copy4(&to.L[i], at<const float>(a.L) + from + min(i, live - 1), true);
-    copy4(&to.w[i], at<const float>(a.W) + from + i, i < live);
-    if (Sh::MODEL != kMamba2) {
-      copy4(&to.own[i], at<const float>(a.OWN) + from + i, i < live);
-      copy4(&to.dt[i], at<const float>(a.DT) + from + i, i < live);
-    }
+__device__ __forceinline__ void copy_turns(Turns<Sh>& to, const Turns<Sh>* from) {
+  constexpr int kUnits = sizeof(to) / 16;
+#pragma unroll
+  for (int n = 0; n < (kUnits + 127) / 128; ++n)
+    if (const int i = threadIdx.x % 128 + n * 128; kUnits % 128 == 0 || i < kUnits)
+      copy16(&to.x[0][0] + i * 4, &from->x[0][0] + i * 4, true);
+}
+
+// `from` is L at the chunk's first token; w, own and dt lie behind it, `apart` of each other.
+template <class Sh>
+__device__ __forceinline__ void copy_decays(Decays<Sh>& to, const float* from, int apart, int live) {
+  constexpr int kAll = (Sh::MODEL == kMamba2 ? 2 : 4) * Sh::CT;
+#pragma unroll
+  for (int n = 0; n < (kAll + 127) / 128; ++n) {
+    const int i = (threadIdx.x ^ 64) % 128 + n * 128, which = i / Sh::CT, t = i % Sh::CT;  // not first the warps that fetch more
+    if (kAll % 128 == 0 || i < kAll) copy4(&to.x[which][t], from + which * apart + min(t, live - 1), which == 0 || t < live);
   }
 }
 
 template <class Sh>
-__device__ float own_weight(const Decays<Sh>& d, int t) { return Sh::MODEL == kMamba2 ? d.w[t] : d.own[t]; }
+__device__ float own_weight(const Decays<Sh>& d, int t) { return Sh::MODEL == kMamba2 ? d.w()[t] : d.own()[t]; }
 
 // A unit's parameters: psi, zeta and phi [R][P] (1 where they are missing) and D [P] (0).
 template <class Sh>
@@ -229,12 +274,8 @@ __device__ __forceinline__ void copy_parameters(
       copy16(&to.phi[r][p], at<const float>(a.phi) + from, p < width);
       copy16(&to.zeta[r][p], at<const float>(a.zeta) + from, a.z && p < width);
     }
-  for (int p = threadIdx.x % THREADS; p < P; p += THREADS) {
-    if (a.D)
-      copy4(&to.skip[p], at<const float>(a.D) + head * a.d_h + (first + p) * a.d_p, p < width);
-    else
-      to.skip[p] = 0.f;
-  }
+  for (int p = threadIdx.x % THREADS; p < P; p += THREADS)
+    copy4(&to.skip[p], a.D ? at<const float>(a.D) + head * a.d_h + (first + p) * a.d_p : at<const float>(a.L), a.D && p < width);
 }
 
 // The angles of a chunk: 128 threads, SEG of them an angle, LONG tokens each. An angle is kept in revolutions, of which
@@ -251,21 +292,33 @@ struct Angles {
   // `angles` and `steps` at the chunk's first token.
   __device__ void load(const float* angles, int per_token, const float* steps, int live) {
     if (!mine()) return;
+    angles += token(0) * per_token + index(), steps += token(0), live -= token(0);
 #pragma unroll
     for (int i = 0; i < LONG; ++i) {
-      const bool there = token(i) < live;
-      bend[i] = there ? angles[token(i) * per_token + index()] : 0.f, step[i] = there ? steps[token(i)] : 0.f;
+      bend[i] = i < live ? __ldg(angles) : 0.f, step[i] = i < live ? __ldg(steps + i) : 0.f;
+      angles += per_token;
     }
   }
 
-  __device__ static float revolutions(float x) { return x - rintf(x); }  // whole ones cost sums their digits
+  // The revolutions of a token; whole ones, which cost sums their digits, are dropped. Rounded the same wherever it is called.
+  __device__ static float turned(float bend, float step) {
+    const float x = __fmul_rn(0.5f * bend, step);
+    return x - rintf(x);
+  }
+  __device__ static unsigned turn_of(float revolutions) {
+    const float angle = 6.283185307179586f * (revolutions - rintf(revolutions));
+    return Turns<Sh>::pack(__cosf(angle), __sinf(angle));
+  }
 
   // Fills turns; gives the chunk's revolutions, and loses what was loaded.
   __device__ float turn(Turns<Sh>& turns, float base) {
     if (!mine()) return 0.f;
     float(&sum)[LONG] = bend;
 #pragma unroll
-    for (int i = 0; i < LONG; ++i) sum[i] = (i ? sum[i - 1] : 0.f) + revolutions(0.5f * bend[i] * step[i]);
+    for (int i = 0; i < LONG; ++i) {
+      const float more = turned(bend[i], step[i]);
+      sum[i] = i ? sum[i - 1] + more : more;
+    }
     float up_to = sum[LONG - 1];
 #pragma unroll
     for (int d = 1; d < SEG; d *= 2) {
@@ -276,10 +329,7 @@ struct Angles {
     float before = __shfl_up_sync(~0u, up_to, 1, SEG);  // not up_to - sum: no later token may reach an earlier one's digits
     before = threadIdx.x % SEG ? before + base : base;
 #pragma unroll
-    for (int i = 0; i < LONG; ++i) {
-      const float x = before + sum[i], angle = 6.283185307179586f * (x - rintf(x));
-      turns.x[token(i)][Turns<Sh>::at(index())] = Turns<Sh>::pack(__cosf(angle), __sinf(angle));
-    }
+    for (int i = 0; i < LONG; ++i) turns.x[token(i)][Turns<Sh>::at(index())] = turn_of(before + sum[i]);
     return all;
   }
 };

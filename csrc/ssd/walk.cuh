@@ -2,12 +2,13 @@
 //
 //   forward in time    S <- e^(L_end) S + (e^(L_end - L) w v)^T k
 //   backward           G <- e^(L_end) G + (e^L dys)^T q        v, dys: see gradient.cuh
-// One block of two warpgroups a sequence, unit and direction. One makes the rows of k or q: copies two chunks ahead, adds
-// the biases, turns. A warp of the other has 16 of the P columns, its part of the state [16, N] in fp32 registers, which
-// wgmma adds to, and which leaves, rounded, through shared memory: `states` and `carried` hold tiles as wgmma reads them.
-// While a chunk's product runs, the next chunk's v or dys is weighed. The direction with the gates comes first: its blocks
-// take longer. A segment's S starts from what the forward saved, G from the segment after it, in `dstate`, which stays fp32.
-// Bound: latency of the warpgroup that turns, busy 92 %; the other is 78 %. Shared memory 65 %.
+// One block of two warpgroups a sequence, unit and direction. One fetches and makes the rows of k or q: the rows by TMA, the
+// turns that `turns` has made in one piece, x, z and decays line by line, all two chunks ahead; it adds the biases and turns.
+// A warp of the other has 16 of the P columns, its part of the state [16, N] in fp32 registers, which wgmma adds to, and which
+// leaves, rounded, through shared memory: `states` and `carried` hold tiles as wgmma reads them. While a chunk's product runs,
+// the next chunk's v or dys is weighed. The direction with the gates comes first: its blocks take longer. A segment's S starts
+// from what the forward saved, G from the segment after it, in `dstate`, which stays fp32.
+// Bound: latency of both, each busy 80 to 85 %; DRAM 62 %, for the states it writes are 2.1 GB a layer at the recipe's shape.
 #pragma once
 
 #include "ssd/tiles.cuh"
@@ -16,23 +17,25 @@ namespace nam56r::ssd {
 
 template <class Sh>
 struct WalkShared {
-  static constexpr int kStages = Sh::R == 1 ? 3 : 4;  // what fits twice on an SM
+  static constexpr int kStages = Sh::R == 1 ? (Sh::kTurns ? 2 : 3) : Sh::R == 2 ? 3 : 4;  // what fits twice on an SM
+  static constexpr int kIn = Sh::R == 1 ? 2 : 3;
   Tile<ROWS, Sh::N> rows[kStages];
   Tile<P, Sh::N> out;
   struct {
     Tile<Sh::CT, P> x, z;  // or dy, z
     float L[Sh::CT], w[Sh::CT];
-  } in[2];
-  Turns<Sh> turns;
+  } in[kIn];
+  Turns<Sh> turns[kStages];
   Parameters<Sh> parameters;
+  Arrival arrived[kStages], came[kIn], weighed[kIn];  // rows and turns, x, z and decays; the latter are read
 };
 
 template <typename T, int MODEL, int R, int N>
-__global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_constant__ Arguments a, const __grid_constant__ Maps maps) {
   using Sh = Shape<T, MODEL, R, N>;
   using Two = Pair<T>;
   using Row = Rows<Sh, 1>;
-  constexpr int CT = Sh::CT, TB = Sh::TB, NA = Sh::NA, kStages = WalkShared<Sh>::kStages, kAhead = 2;
+  constexpr int CT = Sh::CT, TB = Sh::TB, kStages = WalkShared<Sh>::kStages, kIn = WalkShared<Sh>::kIn, kAhead = kStages > 2 ? 2 : 1;
   extern __shared__ __align__(1024) char bytes[];
   auto& s = *reinterpret_cast<WalkShared<Sh>*>(bytes);
 
@@ -48,64 +51,75 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
   const long long lies = a.cu ? -segment * every : (blockIdx.y * a.segment_spans - segment) * every;
   const int chunks = high - low;
   if (chunks <= 0 && !(back && all == 0 && a.segment == 0)) return;
+  const bool gated = a.z && back;
   const auto chunk_of = [&](int n) { return back ? high - 1 - n : low + n; };
 
   copy_parameters<Sh, 256>(s.parameters, a, h, p_first, width);
+  if (threadIdx.x < kStages) s.arrived[threadIdx.x].make(1 + Sh::kTurns);
+  if (threadIdx.x < kIn) s.came[threadIdx.x].make(128), s.weighed[threadIdx.x].make(4);
+  publish();
   commit();
   wait_copies();
   __syncthreads();
 
   if (threadIdx.x >= 128) {
     if constexpr (N <= 128) give_registers<96>();
-    const T* from = back ? at<const T>(a.C) + seq.row * a.C_b + seq.first * a.C_s + g * a.C_g
-                         : at<const T>(a.B) + seq.row * a.B_b + seq.first * a.B_s + g * a.B_g;
-    const int per_token = int(back ? a.C_s : a.B_s), per_rank = int(back ? a.C_r : a.B_r);
-    const float* angles = at<const float>(a.angles) + seq.row * a.a_b + seq.first * a.a_s + h * a.a_h;
-    const float* steps = at<const float>(a.DT) + tokens;
     const Row row;
     typename Row::Bias bias;
-    Angles<Sh> angle;
-    float base = 0.f;
-    const auto load = [&](int n) {
-      const int chunk = chunk_of(n);
-      angle.load(angles + (long long)chunk * CT * a.a_s, int(a.a_s), steps + chunk * CT, seq.length - chunk * CT);
-      if (Angles<Sh>::mine()) base = at<const float>(a.bases)[((span * every + chunk) * H + h) * NA + Angles<Sh>::index()];
-    };
     const auto copy = [&](int n) {
-      if (n < chunks) {
-        const int t = chunk_of(n) * CT;
-        if (n >= kStages) wait_at(kEmpty + n % kStages, 256);
-        copy_rows<Sh>(s.rows[n % kStages], from + (long long)t * per_token, per_token, per_rank, seq.length - t);
-      }
-      commit();
-    };
-    if constexpr (Sh::kTurns) {
-      row.load(bias, at<const float>(back ? a.C_bias : a.B_bias) + (long long)h * R * N);
-      if (chunks > 0) load(0);
-    }
+      if (n >= chunks) return;
+      if (n >= kStages) wait_at(kEmpty + n % kStages, 256);
+      auto& arrived = s.arrived[n % kStages];
+      auto& rows = s.rows[n % kStages];
+      if (threadIdx.x == 128) {
+        arrived.expect(sizeof(rows));
 #pragma unroll
-    for (int n = 0; n < kAhead; ++n) copy(n);
-    for (int n = 0; n < chunks; ++n) {
-      copy(n + kAhead);
-      if constexpr (Sh::kTurns) {
-        wait_at(kTurning, 128);  // the chunk before is turned
-        angle.turn(s.turns, base);
-        if (n + 1 < chunks) load(n + 1);
+        for (int part = 0; part < rows.kParts; ++part)
+          arrived.copy_box(&rows.x[part], back ? &maps.C : &maps.B, part * 64, g, int(seq.first) + chunk_of(n) * CT, int(seq.row));
       }
-      wait_copies<kAhead>();
-      wait_at(kTurning, 128);
-      row.turn(s.rows[n % kStages], s.rows[n % kStages], bias, s.turns);
-      publish();
-      arrive_at(kFull + n % kStages, 256);
-    }
-  } else {
-    if constexpr (N <= 128) take_registers<160>();
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, col = lane % 4 * 2;
+      if (Sh::kTurns && threadIdx.x == 192) {
+        arrived.expect(sizeof(s.turns[0]));
+        arrived.copy(&s.turns[n % kStages], at<const Turns<Sh>>(a.turns) + (lies + chunk_of(n)) * H + h, sizeof(s.turns[0]));
+      }
+    };
     const T* x = back ? at<const T>(a.dy) + seq.row * a.dy_b + seq.first * a.dy_s + h * a.dy_h + p_first
                       : at<const T>(a.x) + seq.row * a.x_b + seq.first * a.x_s + h * a.x_h + p_first;
     const int x_s = int(back ? a.dy_s : a.x_s);
     const T* z = at<const T>(a.z) + seq.row * a.z_b + seq.first * a.z_s + h * a.z_h + p_first;
-    const bool gated = a.z && back;
+    const auto copy_in = [&](int n) {
+      if (n >= chunks) return;
+      if (n >= kIn) s.weighed[n % kIn].wait((n / kIn - 1) % 2);
+      auto& to = s.in[n % kIn];
+      const int t = chunk_of(n) * CT, live = seq.length - t;
+      copy_tokens<Sh>(to.x, x + (long long)t * x_s, x_s, live, width);
+      if (gated) copy_tokens<Sh>(to.z, z + (long long)t * a.z_s, int(a.z_s), live, width);
+      if (const int i = threadIdx.x % 128; i < CT) {
+        copy4(&to.L[i], at<const float>(a.L) + tokens + t + min(i, live - 1), true);
+        copy4(&to.w[i], at<const float>(a.W) + tokens + t + i, i < live);
+      }
+      s.came[n % kIn].arrive_when_copied();
+    };
+    copy_in(0), copy_in(1);
+    if constexpr (Sh::kTurns) row.load(bias, at<const float>(back ? a.C_bias : a.B_bias) + (long long)h * R * N);
+#pragma unroll 1
+    for (int n = 0; n < kAhead; ++n) copy(n);
+    for (int n = 0; n < chunks; ++n) {
+      copy(n + kAhead);
+      auto& rows = s.rows[n % kStages];
+      const int live = seq.length - chunk_of(n) * CT;
+      s.arrived[n % kStages].wait(n / kStages % 2);
+      if (live < CT) {
+        clear_rows<Sh>(rows, live);
+        wait_at(kTurning, 128);
+      }
+      row.template turn<Row::ITEMS, true>(rows, rows, bias, s.turns[n % kStages]);
+      publish();
+      arrive_at(kFull + n % kStages, 256);
+      copy_in(n + 2);
+    }
+  } else {
+    if constexpr (N <= 128) take_registers<160>();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, col = lane % 4 * 2;
     const int p0 = warp * 16, p[2] = {p0 + row, p0 + row + 8};
     const long long of_unit = (unit * all_p + p_first + p[0]) * N + col;
     float S[N / 8][4] = {};
@@ -124,20 +138,10 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
         into[r][e] = !Sh::kRanks ? 1.f : back ? s.parameters.phi[r][p[e]] : s.parameters.psi[r][p[e]];
         if (gated) into[r][e] *= zeta, steep[r][e] = -LOG2_E * zeta;
       }
-    const auto copy = [&](int n) {
-      auto& to = s.in[n % 2];
-      const int t = chunk_of(n) * CT, live = seq.length - t;
-      copy_tokens<Sh>(to.x, x + (long long)t * x_s, x_s, live, width);
-      if (gated) copy_tokens<Sh>(to.z, z + (long long)t * a.z_s, int(a.z_s), live, width);
-      if (const int i = threadIdx.x; i < CT) {
-        copy4(&to.L[i], at<const float>(a.L) + tokens + t + min(i, live - 1), true);
-        copy4(&to.w[i], at<const float>(a.W) + tokens + t + i, i < live);
-      }
-      commit();
-    };
     // A chunk's v or dys, weighed, as a product's A operand; gives the chunk's decay.
     const auto weigh = [&](unsigned (&to)[4][4], int n) {
-      const auto& in = s.in[n % 2];
+      const auto& in = s.in[n % kIn];
+      s.came[n % kIn].wait(n / kIn % 2);
       const float end = in.L[CT - 1];
 #pragma unroll
       for (int tb = 0; tb < TB; ++tb) {
@@ -171,19 +175,15 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
         if (gated) fill(Bool<true>{});
         else fill(Bool<false>{});
       }
+      __syncwarp();
+      if (lane == 0) s.weighed[n % kIn].arrive();
       return exp_(end);
     };
     char* to = at<char>(back ? a.carried : a.states) + (lies * gridDim.x + blockIdx.x) * int(sizeof(s.out));
 
     unsigned weighed[4][4], next[4][4];
     float decay = 1.f;
-    if (chunks > 0) {
-      copy(0);
-      wait_copies();
-      wait_at(kProducts, 128);
-      if (chunks > 1) copy(1);
-      decay = weigh(weighed, 0);
-    }
+    if (chunks > 0) decay = weigh(weighed, 0);
     for (int n = 0; n < chunks; ++n) {
       // the state as it is leaves: the warp's 16 rows
 #pragma unroll
@@ -214,12 +214,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
               reinterpret_cast<float(&)[kWide / 8][4]>(S[m / 8]), weighed[c], s.rows[n % kStages].descriptor(c * 16, m));
       close();
       if (N > 128) settle();  // ptxas makes these products one by one in any case
-      if (n + 1 < chunks) {  // meanwhile the next chunk's
-        wait_copies();
-        wait_at(kProducts, 128);
-        if (n + 2 < chunks) copy(n + 2);
-        decay = weigh(next, n + 1);
-      }
+      if (n + 1 < chunks) decay = weigh(next, n + 1);  // meanwhile
       settle();
       keep(weighed);
       if (n + kStages < chunks) arrive_at(kEmpty + n % kStages, 256);

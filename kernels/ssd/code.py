@@ -13,8 +13,8 @@ DTYPES = {torch.bfloat16: ("bf16", "BFloat16"), torch.float16: ("fp16", "Float16
 CAPABILITY = (9, 0)  # its kernels are made of wgmma, which later devices lack
 ROOM = 227 * 1024  # bytes of shared memory that a block may have there
 RANKS, HEADDIMS, STATES = (1, 2, 4, 8), (32, 64, 128), (32, 64, 128, 256)
-PASSES = ("forward",), ("walk", "gradient")  # what is compiled together
-THREADS = {"forward": 256, "walk": 256, "gradient": 512}  # of a block
+PASSES = ("forward",), ("turns", "walk", "gradient")  # what is compiled together
+THREADS = {"forward": 256, "turns": 128, "walk": 256, "gradient": 512}  # of a block
 REGISTERED = extension.has("ssd_built", "ssd_kernel", "ssd_load", "ssd_shared", "ssd_launch")
 
 
@@ -66,8 +66,8 @@ def refusal(shape: Shape, name: str, capability: tuple[int, int]) -> tuple[str, 
 
 
 @functools.cache
-def code(kernels: tuple[str, ...], shape: Shape, capability: tuple[int, int]) -> tuple[Code, ...]:
-    """The kernels of one pass, compiled first where they aren't built ahead."""
+def code(kernels: tuple[str, ...], shape: Shape, capability: tuple[int, int]) -> dict[str, Code]:
+    """The kernels of one pass by name, compiled first where they aren't built ahead."""
     if built(kernels, shape, capability):
         handles = [torch.ops.nam56r.ssd_kernel(name_of(kernel, shape)) for kernel in kernels]
     else:
@@ -77,4 +77,4 @@ def code(kernels: tuple[str, ...], shape: Shape, capability: tuple[int, int]) ->
         unit, cubin = nvrtc.compile("ssd", "kernels.cuh", names, nvrtc.arch_of(capability))
         content = torch.frombuffer(bytearray(cubin), dtype=torch.uint8)
         handles = torch.ops.nam56r.ssd_load(content, [unit.names[name] for name in names])
-    return tuple(Code(h, THREADS[kernel], shared_bytes(kernel, shape)) for kernel, h in zip(kernels, handles))
+    return {kernel: Code(h, THREADS[kernel], shared_bytes(kernel, shape)) for kernel, h in zip(kernels, handles)}

@@ -1,12 +1,13 @@
-"""The binding to csrc/ssd: what its three kernels get, what code a shape needs, and the scan's operators with gradients.
+"""The binding to csrc/ssd: what its kernels get, what code a shape needs, and the scan's operators with gradients.
 
-Forward: `prepare` (Triton), then the kernel forward. Backward: walk and gradient for each segment, the last first, then
+Forward: `prepare` (Triton), then the kernel forward. Backward: turns, walk and gradient for each segment, the last first, then
 `finish` (Triton) and sums over a segment's places. See csrc/ssd for what each writes.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -20,10 +21,10 @@ from nam56r.kernels.ssd.sizes import MAMBA2, MIMO, SISO, Sizes, sizes_of
 FIELDS = tuple(
     """
     x B C z dy  y dx dB dC dz  L W OWN DT angles B_bias C_bias D psi zeta phi  state angle  cu first sequence_of
-    saved bases final final_k final_v final_angle  states carried energy dfinal dstate
+    saved bases final final_k final_v final_angle  turns next_turns states carried energy dfinal dstate
     READ PAIRS WRITE DOWN DW dB_bias dC_bias dpsi dzeta dphi dD ddt_turned dangle_sum total
     S tokens H P heads_per_group G spans sequences every units splits angle_heads d_h d_p save
-    segment segment_spans segments
+    segment segment_spans segments sums
     x_b x_s x_h B_b B_s B_r B_g C_b C_s C_r C_g z_b z_s z_h dy_b dy_s dy_h a_b a_s a_h
     dB_b dB_s dB_r dB_g dB_split dC_b dC_s dC_r dC_g dC_split
     """.split()
@@ -31,28 +32,41 @@ FIELDS = tuple(
 
 
 def launch(kernels: tuple[str, ...], sizes: Sizes, fields: dict[str, torch.Tensor | int | None]) -> None:
-    """Run the kernels of one pass, one after the other, on the same fields; what isn't named is null."""
+    """Run kernels of one pass, one after the other, on the same fields; what isn't named is null.
+
+    turns is launched early where it isn't the first: it overlaps with the end of the one before, from which it needs nothing.
+    """
     x = fields["x"]
     shape = Shape(x.dtype, sizes.model, sizes.rank, sizes.d_state)
     values = [fields.get(field) for field in FIELDS]
     numbers = [v.data_ptr() if isinstance(v, torch.Tensor) else v or 0 for v in values]
     grids = {
         "forward": (sizes.all_units, sizes.sequences, 1),
+        "turns": (-(-sizes.heads // 8), sizes.places, sizes.every),
         "walk": (sizes.all_units, sizes.sequences, 2),
         "gradient": (sizes.groups * sizes.splits, sizes.places, 1),
     }
-    for kernel, one in zip(kernels, code(kernels, shape, Device.of(x.device).capability)):
-        torch.ops.nam56r.ssd_launch(x, one.handle, *grids[kernel], one.threads, one.shared, numbers)
+    passed = next(kernels_ for kernels_ in PASSES if kernels[0] in kernels_)
+    ready = code(passed, shape, Device.of(x.device).capability)
+    for kernel in kernels:
+        one, early = ready[kernel], kernel == "turns" != kernels[0]
+        torch.ops.nam56r.ssd_launch(
+            x, one.handle, early, sizes.rank, sizes.d_state, *grids[kernel], one.threads, one.shared, numbers
+        )
 
 
-def dense(t: torch.Tensor | None, strided: bool = True) -> torch.Tensor | None:
-    """t, or a copy, with the last dimension dense, all rows on 16 bytes; with strided False contiguous."""
+def dense(t: torch.Tensor | None, strided: bool = True, apart: bool = False) -> torch.Tensor | None:
+    """t, or a copy, with the last dimension dense, all rows on 16 bytes; with strided False contiguous.
+
+    apart: and no row at another's place (an expanded dimension), as tensor maps of TMA have it.
+    """
     if t is None:
         return None
     size = t.element_size()
     fits = t.data_ptr() % 16 == 0 and (t.is_contiguous() if not strided else t.stride(-1) == 1)
     if strided:
-        fits = fits and all(at * size % 16 == 0 for at, n in zip(t.stride()[:-1], t.shape) if n > 1)
+        along = [at for at, n in zip(t.stride()[:-1], t.shape) if n > 1]
+        fits = fits and all(at * size % 16 == 0 for at in along) and not (apart and 0 in along)
         # within a chunk of at most 64 tokens the kernels count in 32 bits
         fits = fits and max(t.stride()[1:-1]) < 2**24
     if fits:
@@ -94,7 +108,8 @@ def _fields(sizes, x, B, C, angles, B_bias, C_bias, D, z, psi, zeta, phi, cu_seq
         phi=dense(phi, False), D=D, cu=cu_seqlens,
     )  # fmt: skip
     _strides(
-        fields, x=(dense(x), "bsh"), B=(dense(B), "bsrg"), C=(dense(C), "bsrg"), z=(dense(z), "bsh"),
+        fields, x=(dense(x, apart=True), "bsh"), B=(dense(B, apart=True), "bsrg"), C=(dense(C, apart=True), "bsrg"),
+        z=(dense(z, apart=True), "bsh"),
         angles=(None if angles is None else dense(torch.tanh(angles)), "bsh"),
     )  # fmt: skip
     if sizes.angle_heads == 1:
@@ -192,9 +207,6 @@ def _scan_backward(
     def new(*shape, dtype=wide):
         return x.new_empty(shape, dtype=dtype)
 
-    def added(*shape):  # by every segment's launch
-        return x.new_zeros((sizes.places, *shape), dtype=wide)
-
     dx, dz = new(*x.shape, dtype=x.dtype), None if z is None else new(*x.shape, dtype=x.dtype)
     if sizes.splits == 1:
         dB, dC = gradient_like(B), gradient_like(C)
@@ -206,32 +218,48 @@ def _scan_backward(
             fields[name] = t
     partial = {name: new(units, tokens) for name in ("READ", "PAIRS", "WRITE", "DOWN", "DW")}
     partial["energy"] = new(sizes.chunks, units)
-    sums = {}
+    shapes = {}  # of what every segment's launch adds to, for each place
     if turned:
         partial |= dict(ddt_turned=new(units, tokens), dangle_sum=new(sizes.angle_rows, tokens, sizes.pairs))
         partial["total"] = new(sizes.chunks, units, sizes.pairs)
-        rows = max(4, sizes.rank)  # one a warp
-        sums |= {name: added(units, rows, sizes.d_state) for name in ("dB_bias", "dC_bias")}
+        shapes |= dict.fromkeys(("dB_bias", "dC_bias"), (units, max(4, sizes.rank), sizes.d_state))  # a row a warp
     if mimo:
-        sums |= {name: added(heads, sizes.rank, sizes.headdim) for name in ("dpsi", "dzeta", "dphi")}
+        shapes |= dict.fromkeys(("dpsi", "dzeta", "dphi"), (heads, sizes.rank, sizes.headdim))
     if D is not None:
-        sums["dD"] = added(heads, sizes.headdim)
+        shapes["dD"] = heads, sizes.headdim
+    lengths = [math.prod(shape) for shape in shapes.values()]
+    sums = x.new_zeros((sizes.places, sum(lengths)), dtype=wide)
+
+    def each(parts):
+        return {name: part.unflatten(-1, shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
     _strides(fields, dy=(dense(torch.zeros_like(x) if dy is None else dy), "bsh"))
     dstate = new(sizes.sequences, heads, sizes.headdim, sizes.d_state)
     states, carried = (new(sizes.places * sizes.every, units, sizes.tile, dtype=x.dtype) for _ in range(2))
-    fields |= partial | sums
+    # of two segments: those of the next are made while gradient reads these
+    turns = new(min(2, sizes.segments), sizes.places * sizes.every, sizes.heads, sizes.turns, dtype=torch.int32)
+    fields |= partial | each(sums.split(lengths, 1)) | {"sums": sums.stride(0)}
     fields |= dict(
         saved=saved, bases=bases if turned else None, states=states, carried=carried, dfinal=dense(dfinal, False),
         dstate=dstate, dx=dx, dz=dz,
     )  # fmt: skip
+    if turned:  # of the last segment
+        fields |= dict(segment=sizes.segments * sizes.segment_spans, next_turns=turns[(sizes.segments - 1) % 2])
+        launch(("turns",), sizes, fields)
     for segment in reversed(range(sizes.segments)):
-        launch(PASSES[1], sizes, fields | {"segment": segment * sizes.segment_spans})
+        fields |= dict(
+            segment=segment * sizes.segment_spans, turns=turns[segment % 2], next_turns=turns[segment % 2 - 1]
+        )
+        launch(("walk", "gradient", "turns") if turned and segment else ("walk", "gradient"), sizes, fields)
 
     if sizes.splits > 1:
         dB, dC = dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype)
-    totals = {name: t.sum(0) for name, t in sums.items()}
+    totals = each(
+        torch.split_with_sizes_copy(sums.sum(0), lengths)
+    )  # copies: what an operator returns must not be views
     for name in ("dB_bias", "dC_bias") if turned else ():
-        totals[name] = totals[name].view(heads, sizes.blocks, sizes.rank, -1, sizes.d_state).sum((1, 3))
+        t = totals[name].view(heads, sizes.blocks, sizes.rank, -1, sizes.d_state)
+        totals[name] = t[:, 0, :, 0] if t.numel() == heads * sizes.rank * sizes.d_state else t.sum((1, 3))
     if D is not None and D.ndim == 1:
         totals["dD"] = totals["dD"].sum(1)
     if turned and (dfinal_k is not None or dfinal_v is not None):

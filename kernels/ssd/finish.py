@@ -27,7 +27,9 @@ from nam56r.kernels.ssd.sizes import Sizes
 PI = tl.constexpr(3.141592653589793)
 TOKENS, HEADS = 256, 8  # of a program of `decays`
 CHUNKS = 64  # that `carry` loads at once
-ROWS, TURNED = 16, 4096  # tokens of a program of `angles`, and what it adds up at once
+ROWS, TURNED = 16, 2048  # tokens of a program of `angles`, and what it adds up at once,
+SHARED = 32  # or heads, where they share the angles: sums over heads and over pairs are products
+LEAST = 16  # that a product sums over
 
 
 @triton.jit(do_not_specialize=("length", "spans"))
@@ -180,18 +182,18 @@ def angles_kernel(
         inside = (head < heads)[:, None] & live[None, :]
         at = (chunk.to(tl.int64) * heads + head)[:, None] * pairs + pair[None, :]
         of_head = (head < heads)[:, None] & (pair < pairs)[None, :]
-        later = tl.load(carry + at, mask=of_head, other=0.0)[:, None, :]
+        later = tl.load(carry + at, mask=of_head, other=0.0)
         at = head[:, None] * tokens + token[None, :]
-        duration = tl.load(DT + at, mask=inside, other=0.0)[:, :, None]
+        duration = tl.load(DT + at, mask=inside, other=0.0)
         if SHARED:
-            turned += tl.sum(duration * later, 0)
-            turning = tl.sum(bent[None, :, :] * later, 2)
+            turned += tl.dot(tl.trans(duration), later, input_precision="ieee")
+            turning = tl.dot(later, tl.trans(bent), input_precision="ieee")
         else:
             each = inside[:, :, None] & (pair < pairs)[None, None, :]
             at = at_angle[None, :, :] + head[:, None, None] * angles_at[2]
             bent = tl.load(angles + at, mask=each, other=0.0)
-            turning = tl.sum(bent * later, 2)
-            turned = duration * later
+            turning = tl.sum(bent * later[:, None, :], 2)
+            turned = duration[:, :, None] * later[:, None, :]
             for part in tl.static_range(BLOCKS):
                 at = (head[:, None] * BLOCKS + part) * tokens + token[None, :]
                 at = at[:, :, None] * pairs + pair[None, None, :]
@@ -263,8 +265,10 @@ def finish(
             tables if sizes.packed else None, sizes.length, sizes.spans, sizes.heads, sizes.pairs,
             sizes.blocks, sizes.chunk, sizes.every, CHUNKS, pairs, num_warps=4,
         )  # fmt: skip
-        rows = min(ROWS, sizes.chunk)
-        heads = min(heads, TURNED // (2 if sizes.angle_heads > 1 else 1) // (rows * pairs))
+        rows, pairs = min(ROWS, sizes.chunk), max(LEAST, pairs)
+        heads = min(heads, TURNED // (rows * pairs))
+        if sizes.angle_heads == 1:
+            heads = max(LEAST, min(SHARED, triton.next_power_of_2(sizes.heads)))
         dangle = torch.empty_like(angles, memory_format=torch.contiguous_format)
         angles_kernel[(sizes.chunks * (sizes.chunk // rows),)](
             partial["ddt_turned"], partial["dangle_sum"], carry, DT, angles, cu_seqlens, sofar, ddt, dangle,

@@ -13,7 +13,7 @@ BLOCKS = 128  # blocks for a segment
 COLUMNS = 64  # of a unit
 MOST_UNITS = 16  # of one block
 MOST_ROWS = 65535  # CUDA's bound of a grid's y
-SCRATCH = 2**28  # bytes that the backward takes for a segment's states and their gradients, in 16 bits,
+SCRATCH = 9 * 2**25  # bytes that the backward takes for a segment's states and their gradients, in 16 bits, and turns,
 LEAST_SPANS = 8  # unless these, of every sequence, take more
 
 
@@ -75,6 +75,11 @@ class Sizes:
         return tile_of(self.d_state)
 
     @property
+    def turns(self) -> int:
+        """32-bit numbers that a chunk's turns take, as csrc/ssd has them in shared memory: rows padded where they aren't too many."""
+        return turns_of(self.chunk, self.pairs, self.d_state)
+
+    @property
     def total(self) -> int:
         """Numbers of spans."""
         return self.spans if self.packed else self.sequences * self.spans
@@ -105,6 +110,11 @@ def tile_of(d_state: int) -> int:
     return COLUMNS * max(d_state, 64)
 
 
+def turns_of(chunk: int, pairs: int, d_state: int) -> int:
+    """Numbers that a chunk's turns take in memory."""
+    return chunk * (pairs + (4 if chunk * d_state <= 8192 else 0)) if pairs else 0
+
+
 def sizes_of(
     model: int, x: torch.Tensor, B: torch.Tensor, angles: torch.Tensor | None, cu_seqlens: torch.Tensor | None
 ) -> Sizes:
@@ -117,16 +127,19 @@ def sizes_of(
     chunk, blocks = ROWS // rank, headdim // min(headdim, COLUMNS)
     of_group = heads // groups * blocks
     units = next(n for n in range(min(of_group, MOST_UNITS), 0, -1) if of_group % n == 0)
-    rows, fit = 1 if packed else max(1, sequences), SCRATCH // (2 * heads * blocks * tile_of(d_state) * 2)
+    pairs = 0 if angles is None else angles.shape[3]
+    rows = 1 if packed else max(1, sequences)
+    fit = SCRATCH // (heads * (2 * blocks * tile_of(d_state) * 2 + turns_of(chunk, pairs, d_state) * 4))
     at_once = min(fit, rows * -(-length // chunk)) * groups * of_group // units  # blocks, if they had one chunk each
     every = next((n for n in SPANS if at_once >= n * BLOCKS), 1)
     span = every * chunk
     spans = length // span + sequences if packed else -(-length // span)
     most = max(1, spans)
-    segments = -(-most // min(max(LEAST_SPANS, fit // (every * rows)), MOST_ROWS // rows))
-    segment_spans = -(-most // segments)  # evened out
+    longest = min(max(LEAST_SPANS, fit // (every * rows)), MOST_ROWS // rows)
+    whole = max(1, BLOCKS // (rows * groups * of_group // units))  # spans that give a GPU's SMs a block each
+    segment_spans = min(most, longest // whole * whole or longest)
     return Sizes(
         model, batch, length, heads, headdim, rank, groups, d_state,
-        0 if angles is None else angles.shape[3], 1 if angles is None else angles.shape[2], packed, sequences,
+        pairs, 1 if angles is None else angles.shape[2], packed, sequences,
         chunk, every, spans, segment_spans, -(-most // segment_spans), units, of_group // units,
     )  # fmt: skip

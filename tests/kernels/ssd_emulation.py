@@ -17,7 +17,8 @@ GARBAGE = 7.0  # in scratch memory, whose content means nothing
 def launch(kernels, sizes, fields):
     """Stands for nam56r.kernels.ssd.cuda.launch."""
     for kernel in kernels:
-        {"forward": forward, "walk": walk, "gradient": gradient}[kernel](Problem(sizes, fields))
+        if kernel != "turns":  # walk and gradient make their own
+            {"forward": forward, "walk": walk, "gradient": gradient}[kernel](Problem(sizes, fields))
 
 
 class Problem:

@@ -19,7 +19,7 @@ from nam56r.kernels.mamba3 import cuda as mamba3_cuda
 from nam56r.kernels.mamba3 import reference as mamba3_reference
 from nam56r.kernels.registry import DEVICES, Problem, Spec, candidates, select
 from nam56r.kernels.ssd import code, cuda, sizes
-from nam56r.kernels.ssd.code import Code, Shape
+from nam56r.kernels.ssd.code import PASSES, Code, Shape
 from nam56r.kernels.ssd.sizes import sizes_of
 from nam56r.kernels.testing import agree, flatten, outputs_and_gradients
 from nam56r.problems import Workload
@@ -202,7 +202,8 @@ def test_segments(R, shape, final, spans, monkeypatch):
     started = []
 
     def recorded(kernels, sizes, fields):
-        started.append(fields.get("segment"))
+        if kernels != ("turns",):
+            started.append(fields.get("segment"))
         assert sizes.segment_spans <= spans
         ssd_emulation.launch(kernels, sizes, fields)
 
@@ -308,6 +309,9 @@ def test_a_projection_is_not_copied():
     x, B = whole[..., :128].unflatten(-1, (4, 32)), whole[..., 128:].unflatten(-1, (1, 4, 32))
     assert cuda.dense(x) is x and cuda.dense(B) is B
     assert cuda.dense(x[..., 1:]) is not x and cuda.dense(x.mT).stride(-1) == 1
+    one = x[:, :1].expand_as(x)
+    assert cuda.dense(one) is one and cuda.dense(one, apart=True).is_contiguous()
+    assert cuda.dense(x[:1, :1], apart=True).data_ptr() == x.data_ptr()
     assert cuda.gradient_like(B).stride(-1) == 1 and cuda.gradient_like(B.mT).stride(-1) == 1
 
 
@@ -404,7 +408,8 @@ SHAPE = Shape(torch.bfloat16, 2, 4, 128)
 def test_launched(monkeypatch):
     """What the extension's launcher gets: addresses and numbers by FIELDS, and each kernel's grid."""
     launched = []
-    loaded = {("forward",): (Code(5, 256, 1000),), ("walk", "gradient"): (Code(6, 256, 6), Code(7, 512, 7))}
+    ours = dict(forward=Code(5, 256, 1000), turns=Code(8, 128, 0), walk=Code(6, 256, 6), gradient=Code(7, 512, 7))
+    loaded = {kernels: {kernel: ours[kernel] for kernel in kernels} for kernels in PASSES}
     monkeypatch.setattr(cuda, "code", lambda kernels, shape, capability: loaded[kernels])
     monkeypatch.setattr(torch.ops.nam56r, "ssd_launch", lambda *given: launched.append(given), raising=False)
     x, B = torch.zeros(2, 70, 34, 128, dtype=torch.bfloat16), torch.zeros(2, 70, 4, 2, 64, dtype=torch.bfloat16)
@@ -413,8 +418,9 @@ def test_launched(monkeypatch):
     for kernels in loaded:
         launch(kernels, sizes, fields)
     # 17 heads of 2 units, 2 at a time; 3 spans of 32 tokens
-    assert [given[1:7] for given in launched] == [
-        (5, 68, 2, 1, 256, 1000), (6, 68, 2, 2, 256, 6), (7, 2 * 17, 2 * 3, 1, 512, 7),
+    assert [given[1:10] for given in launched] == [
+        (5, False, 4, 64, 68, 2, 1, 256, 1000), (8, False, 4, 64, 5, 2 * 3, 2, 128, 0),
+        (6, False, 4, 64, 68, 2, 2, 256, 6), (7, False, 4, 64, 2 * 17, 2 * 3, 1, 512, 7),
     ]  # fmt: skip
     for on, *_, numbers in launched:
         assert on is x and len(numbers) == len(cuda.FIELDS)
@@ -436,9 +442,10 @@ def test_compiled_at_run_time(monkeypatch):
     monkeypatch.setattr(nvrtc, "arch_of", lambda capability: "sm_90a")
     load = lambda content, names: [names.index(name) + 10 for name in names]  # noqa: E731
     monkeypatch.setattr(torch.ops.nam56r, "ssd_load", load, raising=False)
-    assert [one[::2] for one in code.code.__wrapped__(code.PASSES[1], SHAPE, (9, 0))] == [(10, 4), (11, 8)]
+    made = code.code.__wrapped__(code.PASSES[1], SHAPE, (9, 0))
+    assert {kernel: one[::2] for kernel, one in made.items()} == dict(turns=(10, 5), walk=(11, 4), gradient=(12, 8))
     arguments = "<nam56r::ssd::BFloat16, 2, 4, 128>"
-    names = [f"nam56r::ssd::{kernel}{arguments}" for kernel in ("walk", "gradient")]
+    names = [f"nam56r::ssd::{kernel}{arguments}" for kernel in ("turns", "walk", "gradient")]
     assert asked == [("ssd", "kernels.cuh", "sm_90a", names)]
     assert code.name_of("walk", SHAPE) == "walk<bf16,2,4,128>"
 

@@ -327,6 +327,20 @@ def test_views_of_a_projection(model, margin, rows_first, poisoned):
     assert_same(results(views), results(made))
 
 
+@pytest.mark.parametrize("dimension", range(4))
+@built_models
+def test_expanded(model, dimension, poisoned):
+    """One row, token, head or group for all of them, at a stride of 0: the bits of contiguous inputs."""
+    made = inputs(model, S=70)
+    one = {name: made[name].detach().narrow(dimension, 0, 1).expand_as(made[name]) for name in "zxBC"}
+
+    def results(**given):
+        y, _ = scan(model)(**made | given)
+        return {"y": y, "dt": torch.autograd.grad(y.sum(), made["dt"])[0]}
+
+    assert_same(results(**one), results(**{name: t.contiguous() for name, t in one.items()}))
+
+
 @built_models
 def test_strides_of_gradients(model, poisoned):
     made = inputs(model, S=70, state=True)
