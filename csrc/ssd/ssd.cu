@@ -50,6 +50,7 @@ template <class Sh>
 int64_t shared_bytes(const std::string& kernel) {
   if (kernel == "forward") return sizeof(ForwardShared<Sh>);
   if (kernel == "turns") return 0;
+  if (kernel == "Turns") return sizeof(Turns<Sh>);
   if (kernel == "walk") return sizeof(WalkShared<Sh>);
   if (kernel == "gradient") return sizeof(GradientShared<Sh>);
   STD_TORCH_CHECK(false, "ssd: there is no kernel ", kernel);

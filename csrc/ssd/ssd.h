@@ -20,7 +20,7 @@ int64_t ssd_kernel(std::string name);
 // Handles of the kernels of these names in a cubin (its bytes, [n] uint8 on the CPU), for devices of its architecture.
 std::vector<int64_t> ssd_load(Tensor cubin, std::vector<std::string> names);
 
-// Bytes of shared memory that a kernel ("forward", ...) of this shape takes.
+// Bytes of shared memory that a kernel ("forward", ...) of this shape takes, or a chunk's turns ("Turns").
 int64_t ssd_shared(std::string kernel, int64_t model, int64_t rank, int64_t d_state);
 
 // Launches on the current stream of on's device, early (see device.cuh) or not. arguments are the fields of struct Arguments, in order.

@@ -34,7 +34,7 @@ FIELDS = tuple(
 def launch(kernels: tuple[str, ...], sizes: Sizes, fields: dict[str, torch.Tensor | int | None]) -> None:
     """Run kernels of one pass, one after the other, on the same fields; what isn't named is null.
 
-    turns is launched early where it isn't the first: it overlaps with the end of the one before, from which it needs nothing.
+    turns is launched early where it isn't the first: it needs nothing from the one before, and overlaps with its end.
     """
     x = fields["x"]
     shape = Shape(x.dtype, sizes.model, sizes.rank, sizes.d_state)
@@ -46,10 +46,10 @@ def launch(kernels: tuple[str, ...], sizes: Sizes, fields: dict[str, torch.Tenso
         "walk": (sizes.all_units, sizes.sequences, 2),
         "gradient": (sizes.groups * sizes.splits, sizes.places, 1),
     }
-    passed = next(kernels_ for kernels_ in PASSES if kernels[0] in kernels_)
-    ready = code(passed, shape, Device.of(x.device).capability)
+    compiled_together = next(names for names in PASSES if kernels[0] in names)
+    ready = code(compiled_together, shape, Device.of(x.device).capability)
     for kernel in kernels:
-        one, early = ready[kernel], kernel == "turns" != kernels[0]
+        one, early = ready[kernel], kernel == "turns" and kernel != kernels[0]
         torch.ops.nam56r.ssd_launch(
             x, one.handle, early, sizes.rank, sizes.d_state, *grids[kernel], one.threads, one.shared, numbers
         )

@@ -76,7 +76,7 @@ class Sizes:
 
     @property
     def turns(self) -> int:
-        """32-bit numbers that a chunk's turns take, as csrc/ssd has them in shared memory: rows padded where they aren't too many."""
+        """32-bit numbers that a chunk's turns take."""
         return turns_of(self.chunk, self.pairs, self.d_state)
 
     @property
@@ -111,7 +111,7 @@ def tile_of(d_state: int) -> int:
 
 
 def turns_of(chunk: int, pairs: int, d_state: int) -> int:
-    """Numbers that a chunk's turns take in memory."""
+    """32-bit numbers of a chunk's turns as csrc/ssd has them in shared memory (Turns): padded where there is room."""
     return chunk * (pairs + (4 if chunk * d_state <= 8192 else 0)) if pairs else 0
 
 

@@ -20,7 +20,7 @@ from nam56r.kernels.mamba3 import reference as mamba3_reference
 from nam56r.kernels.registry import DEVICES, Problem, Spec, candidates, select
 from nam56r.kernels.ssd import code, cuda, sizes
 from nam56r.kernels.ssd.code import PASSES, Code, Shape
-from nam56r.kernels.ssd.sizes import sizes_of
+from nam56r.kernels.ssd.sizes import sizes_of, turns_of
 from nam56r.kernels.testing import agree, flatten, outputs_and_gradients
 from nam56r.problems import Workload
 from nam56r.recipe import PRESETS
@@ -540,11 +540,30 @@ def test_segments_fit_a_grid_and_memory(length, sequences, heads, d_state, packe
     batch = 1 if packed else sequences
     x, B = (torch.empty(batch, length, *shape, device="meta") for shape in ((heads, 64), (4, 1, d_state)))
     ends = torch.empty(sequences + 1, device="meta") if packed else None
-    one = sizes_of(2, x, B, None, ends)
+    one = sizes_of(2, x, B, torch.empty(batch, length, 1, d_state // 4, device="meta"), ends)
     assert one.segments * one.segment_spans >= one.spans and (one.segments - 1) * one.segment_spans < max(1, one.spans)
     assert one.places <= 65535
-    memory = 2 * one.places * one.every * one.all_units * 64 * d_state * 2
+    chunks = one.places * one.every
+    memory = 2 * chunks * one.all_units * one.tile * 2 + chunks * one.heads * one.turns * 4
     assert memory <= sizes.SCRATCH or one.segment_spans <= 8
+
+
+@pytest.mark.parametrize("rank, chunks, segments", [(4, 512, 8), (1, 128, 4)])
+def test_the_recipes_segments_are_whole_waves(rank, chunks, segments):
+    """B2 S4096 H128 G8: as many chunks as memory has room for, in spans that give 128 blocks or 256 a segment."""
+    x, B = torch.empty(2, 4096, 128, 64, device="meta"), torch.empty(2, 4096, rank, 8, 128, device="meta")
+    one = sizes_of(1 if rank == 1 else 2, x, B, torch.empty(2, 4096, 1, 32, device="meta"), None)
+    assert (one.chunks, one.segments) == (chunks, segments)
+    assert one.places * one.groups * one.splits % 128 == 0 and one.segments * one.segment_spans == one.spans
+
+
+@built
+@pytest.mark.parametrize("rank", [1, 2, 4, 8])
+@pytest.mark.parametrize("d_state", [32, 64, 128, 256])
+def test_turns_take_what_the_kernels_say(rank, d_state):
+    """Bytes of a chunk's turns: what Python allocates for `turns`, which has no shared memory of its own."""
+    pairs = d_state // 4
+    assert 4 * turns_of(64 // rank, pairs, d_state) == torch.ops.nam56r.ssd_shared("Turns", 2, rank, d_state)
 
 
 def test_too_many_sequences():
