@@ -129,5 +129,5 @@ def test_error(pytestconfig):
         pytest.skip(f"no errors to compare with: {refusal}")
     found = errors(scan, inputs, torch.randn_like(inputs["x"]), ("cuda", PEER, PLAIN))
     keep_errors(pytestconfig.getoption("--results"), "mamba2_scan", RECIPE.name, Device.of("cuda").name, found)
-    worse = {name: all_ for name, all_ in found.items() if not all_["cuda"] <= 2 * all_[PLAIN]}
+    worse = {name: by_kernel for name, by_kernel in found.items() if not by_kernel["cuda"] <= 2 * by_kernel[PLAIN]}
     assert not worse, f"more than twice as far from float64 as PyTorch in {inputs['x'].dtype}: {worse}"

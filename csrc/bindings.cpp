@@ -32,7 +32,7 @@ STABLE_TORCH_LIBRARY(nam56r, m) {
   m.def("ssd_load(Tensor cubin, str[] names) -> int[]");
   m.def("ssd_shared(str kernel, int model, int rank, int d_state) -> int");
   m.def(
-      "ssd_launch(Tensor on, int kernel, bool early, int rank, int d_state, int grid_x, int grid_y, int grid_z, int threads, int shared, "
+      "ssd_launch(Tensor on, int kernel, bool early, bool mapped, int rank, int d_state, int grid_x, int grid_y, int grid_z, int threads, int shared, "
       "int[] arguments) -> ()");
 }
 

@@ -84,7 +84,7 @@ __device__ inline void give_registers() { asm volatile("setmaxnreg.dec.sync.alig
 __device__ inline void release_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ inline void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// Copies of whole pieces of memory that a barrier in shared memory counts.
+// A barrier in shared memory that counts arrivals of threads and bytes of copies.
 struct Arrival {
   unsigned long long x;
 

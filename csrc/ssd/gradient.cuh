@@ -99,7 +99,7 @@ __device__ __forceinline__ void along_n(const Arguments& a, GradientShared<Sh>& 
 #pragma unroll
         for (int i = 0; i < EIGHTS; ++i) weigh(i);
       settle();
-      if (kApart && it) wait_at(kScoresRead, 256);
+      if (kApart && it) wait_at(kScoresRead, 256);  // by the other warpgroup
       if (Sh::kTurns && it) wait_at(kRead, 256);  // what was turned back for the head before
 
       // scores and dm through the decays

@@ -81,6 +81,16 @@ TensorMap map_of(
   return map;
 }
 
+Maps maps_of(const Arguments& a, int64_t rank, int64_t d_state) {
+  const int64_t batch = a.cu ? 1 : a.sequences, chunk = ROWS / rank;
+  Maps maps{};
+  maps.B = map_of(a.B, batch, rank, a.S, a.G, d_state, a.B_b, a.B_r, a.B_s, a.B_g, chunk);
+  maps.C = map_of(a.C, batch, rank, a.S, a.G, d_state, a.C_b, a.C_r, a.C_s, a.C_g, chunk);
+  maps.x = map_of(a.x, batch, 1, a.S, a.H, a.P, a.x_b, 0, a.x_s, a.x_h, chunk);
+  if (a.z) maps.z = map_of(a.z, batch, 1, a.S, a.H, a.P, a.z_b, 0, a.z_s, a.z_h, chunk);
+  return maps;
+}
+
 }  // namespace
 }  // namespace ssd
 
@@ -120,8 +130,8 @@ int64_t ssd_shared(std::string kernel, int64_t model, int64_t rank, int64_t d_st
 }
 
 void ssd_launch(
-    Tensor on, int64_t kernel, bool early, int64_t rank, int64_t d_state, int64_t grid_x, int64_t grid_y, int64_t grid_z, int64_t threads,
-    int64_t shared, std::vector<int64_t> arguments) {
+    Tensor on, int64_t kernel, bool early, bool mapped, int64_t rank, int64_t d_state, int64_t grid_x, int64_t grid_y, int64_t grid_z,
+    int64_t threads, int64_t shared, std::vector<int64_t> arguments) {
   const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
   ssd::Arguments packed;
   STD_TORCH_CHECK(
@@ -130,13 +140,7 @@ void ssd_launch(
   if (grid_x == 0 || grid_y == 0 || grid_z == 0) return;
   STD_TORCH_CHECK(grid_y < 65536, "ssd_launch: ", grid_y, " sequences or spans are too many: at most 65535");
   std::memcpy(&packed, arguments.data(), sizeof(packed));
-  ssd::Maps maps;
-  const int64_t batch = packed.cu ? 1 : packed.sequences;
-  const int64_t tokens = packed.S, chunk = ssd::ROWS / rank;
-  maps.B = ssd::map_of(packed.B, batch, rank, tokens, packed.G, d_state, packed.B_b, packed.B_r, packed.B_s, packed.B_g, chunk);
-  maps.C = ssd::map_of(packed.C, batch, rank, tokens, packed.G, d_state, packed.C_b, packed.C_r, packed.C_s, packed.C_g, chunk);
-  maps.x = ssd::map_of(packed.x, batch, 1, tokens, packed.H, packed.P, packed.x_b, 0, packed.x_s, packed.x_h, chunk);
-  if (packed.z) maps.z = ssd::map_of(packed.z, batch, 1, tokens, packed.H, packed.P, packed.z_b, 0, packed.z_s, packed.z_h, chunk);
+  ssd::Maps maps = mapped ? ssd::maps_of(packed, rank, d_state) : ssd::Maps{};
   const void* function = reinterpret_cast<const void*>(kernel);
   STD_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
   void* pointers[] = {&packed, &maps};

@@ -23,9 +23,10 @@ std::vector<int64_t> ssd_load(Tensor cubin, std::vector<std::string> names);
 // Bytes of shared memory that a kernel ("forward", ...) of this shape takes, or a chunk's turns ("Turns").
 int64_t ssd_shared(std::string kernel, int64_t model, int64_t rank, int64_t d_state);
 
-// Launches on the current stream of on's device, early (see device.cuh) or not. arguments are the fields of struct Arguments, in order.
+// Launches on the current stream of on's device, early (see device.cuh) or not, with Maps or without. arguments are the fields of
+// struct Arguments, in order.
 void ssd_launch(
-    Tensor on, int64_t kernel, bool early, int64_t rank, int64_t d_state, int64_t grid_x, int64_t grid_y, int64_t grid_z, int64_t threads,
+    Tensor on, int64_t kernel, bool early, bool mapped, int64_t rank, int64_t d_state, int64_t grid_x, int64_t grid_y, int64_t grid_z, int64_t threads,
     int64_t shared, std::vector<int64_t> arguments);
 
 }  // namespace nam56r

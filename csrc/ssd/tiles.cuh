@@ -204,23 +204,6 @@ __device__ __forceinline__ void copy_rows(
   }
 }
 
-// Zeroes rows of tokens from `live` on.
-template <class Sh>
-__device__ __forceinline__ void clear_rows(Tile<ROWS, Sh::N>& tile, int live) {
-#pragma unroll 1
-  for (int i = threadIdx.x % 128; i < ROWS * Sh::N / 8; i += 128)
-    if (const int row = i / (Sh::N / 8); row % Sh::CT >= live) put16(tile.unit(row, i % (Sh::N / 8) * 8), uint4{});
-}
-
-// Zeroes a warp's 16 columns of x and z, from p0 on, of tokens from `live` on.
-template <class Sh>
-__device__ __forceinline__ void clear_columns(Tile<Sh::CT, P>& x, Tile<Sh::CT, P>& z, int p0, int live) {
-#pragma unroll 1
-  for (int i = live * 2 + threadIdx.x % 32; i < Sh::CT * 2; i += 32)
-    put16(x.unit(i / 2, p0 + i % 2 * 8), uint4{}), put16(z.unit(i / 2, p0 + i % 2 * 8), uint4{});
-  __syncwarp();
-}
-
 // The same of x, z or dy.
 template <class Sh>
 __device__ __forceinline__ void copy_tokens(
@@ -276,6 +259,23 @@ __device__ __forceinline__ void copy_parameters(
     }
   for (int p = threadIdx.x % THREADS; p < P; p += THREADS)
     copy4(&to.skip[p], a.D ? at<const float>(a.D) + head * a.d_h + (first + p) * a.d_p : at<const float>(a.L), a.D && p < width);
+}
+
+// A box that TMA fetches holds what is past the sequence's end too. Zeroes rows of q or k, of tokens from `live` on.
+template <class Sh>
+__device__ __forceinline__ void clear_rows(Tile<ROWS, Sh::N>& tile, int live) {
+#pragma unroll 1
+  for (int i = threadIdx.x % 128; i < ROWS * Sh::N / 8; i += 128)
+    if (const int row = i / (Sh::N / 8); row % Sh::CT >= live) put16(tile.unit(row, i % (Sh::N / 8) * 8), uint4{});
+}
+
+// The same of a warp's 16 columns of x and z, from p0 on.
+template <class Sh>
+__device__ __forceinline__ void clear_columns(Tile<Sh::CT, P>& x, Tile<Sh::CT, P>& z, int p0, int live) {
+#pragma unroll 1
+  for (int i = live * 2 + threadIdx.x % 32; i < Sh::CT * 2; i += 32)
+    put16(x.unit(i / 2, p0 + i % 2 * 8), uint4{}), put16(z.unit(i / 2, p0 + i % 2 * 8), uint4{});
+  __syncwarp();
 }
 
 // The angles of a chunk: 128 threads, SEG of them an angle, LONG tokens each. An angle is kept in revolutions, of which

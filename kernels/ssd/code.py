@@ -14,6 +14,7 @@ CAPABILITY = (9, 0)  # its kernels are made of wgmma, which later devices lack
 ROOM = 227 * 1024  # bytes of shared memory that a block may have there
 RANKS, HEADDIMS, STATES = (1, 2, 4, 8), (32, 64, 128), (32, 64, 128, 256)
 PASSES = ("forward",), ("turns", "walk", "gradient")  # what is compiled together
+MAPPED = ("forward", "walk")  # what fetches boxes by TMA, of maps that a launch makes
 THREADS = {"forward": 256, "turns": 128, "walk": 256, "gradient": 512}  # of a block
 REGISTERED = extension.has("ssd_built", "ssd_kernel", "ssd_load", "ssd_shared", "ssd_launch")
 

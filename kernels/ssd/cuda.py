@@ -13,7 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from nam56r.kernels.registry import Device
-from nam56r.kernels.ssd.code import PASSES, Shape, code
+from nam56r.kernels.ssd.code import MAPPED, PASSES, Shape, code
 from nam56r.kernels.ssd.finish import finish
 from nam56r.kernels.ssd.prepare import allocate, prepare
 from nam56r.kernels.ssd.sizes import MAMBA2, MIMO, SISO, Sizes, sizes_of
@@ -51,7 +51,16 @@ def launch(kernels: tuple[str, ...], sizes: Sizes, fields: dict[str, torch.Tenso
     for kernel in kernels:
         one, early = ready[kernel], kernel == "turns" and kernel != kernels[0]
         torch.ops.nam56r.ssd_launch(
-            x, one.handle, early, sizes.rank, sizes.d_state, *grids[kernel], one.threads, one.shared, numbers
+            x,
+            one.handle,
+            early,
+            kernel in MAPPED,
+            sizes.rank,
+            sizes.d_state,
+            *grids[kernel],
+            one.threads,
+            one.shared,
+            numbers,
         )
 
 
@@ -259,7 +268,7 @@ def _scan_backward(
     )  # copies: what an operator returns must not be views
     for name in ("dB_bias", "dC_bias") if turned else ():
         t = totals[name].view(heads, sizes.blocks, sizes.rank, -1, sizes.d_state)
-        totals[name] = t[:, 0, :, 0] if t.numel() == heads * sizes.rank * sizes.d_state else t.sum((1, 3))
+        totals[name] = t[:, 0, :, 0] if t.shape[1] == t.shape[3] == 1 else t.sum((1, 3))
     if D is not None and D.ndim == 1:
         totals["dD"] = totals["dD"].sum(1)
     if turned and (dfinal_k is not None or dfinal_v is not None):

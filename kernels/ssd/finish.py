@@ -265,10 +265,11 @@ def finish(
             tables if sizes.packed else None, sizes.length, sizes.spans, sizes.heads, sizes.pairs,
             sizes.blocks, sizes.chunk, sizes.every, CHUNKS, pairs, num_warps=4,
         )  # fmt: skip
-        rows, pairs = min(ROWS, sizes.chunk), max(LEAST, pairs)
-        heads = min(heads, TURNED // (rows * pairs))
+        rows = min(ROWS, sizes.chunk)
         if sizes.angle_heads == 1:
-            heads = max(LEAST, min(SHARED, triton.next_power_of_2(sizes.heads)))
+            pairs, heads = max(LEAST, pairs), max(LEAST, min(SHARED, triton.next_power_of_2(sizes.heads)))
+        else:
+            heads = min(heads, TURNED // (rows * pairs))
         dangle = torch.empty_like(angles, memory_format=torch.contiguous_format)
         angles_kernel[(sizes.chunks * (sizes.chunk // rows),)](
             partial["ddt_turned"], partial["dangle_sum"], carry, DT, angles, cu_seqlens, sofar, ddt, dangle,

@@ -130,16 +130,17 @@ def sizes_of(
     pairs = 0 if angles is None else angles.shape[3]
     rows = 1 if packed else max(1, sequences)
     fit = SCRATCH // (heads * (2 * blocks * tile_of(d_state) * 2 + turns_of(chunk, pairs, d_state) * 4))
-    at_once = min(fit, rows * -(-length // chunk)) * groups * of_group // units  # blocks, if they had one chunk each
+    splits = of_group // units
+    at_once = min(fit, rows * -(-length // chunk)) * groups * splits  # blocks, if they had one chunk each
     every = next((n for n in SPANS if at_once >= n * BLOCKS), 1)
     span = every * chunk
     spans = length // span + sequences if packed else -(-length // span)
     most = max(1, spans)
     longest = min(max(LEAST_SPANS, fit // (every * rows)), MOST_ROWS // rows)
-    whole = max(1, BLOCKS // (rows * groups * of_group // units))  # spans that give a GPU's SMs a block each
+    whole = max(1, BLOCKS // (rows * groups * splits))  # spans that give a GPU's SMs a block each
     segment_spans = min(most, longest // whole * whole or longest)
     return Sizes(
         model, batch, length, heads, headdim, rank, groups, d_state,
         pairs, 1 if angles is None else angles.shape[2], packed, sequences,
-        chunk, every, spans, segment_spans, -(-most // segment_spans), units, of_group // units,
+        chunk, every, spans, segment_spans, -(-most // segment_spans), units, splits,
     )  # fmt: skip

@@ -418,9 +418,9 @@ def test_launched(monkeypatch):
     for kernels in loaded:
         launch(kernels, sizes, fields)
     # 17 heads of 2 units, 2 at a time; 3 spans of 32 tokens
-    assert [given[1:10] for given in launched] == [
-        (5, False, 4, 64, 68, 2, 1, 256, 1000), (8, False, 4, 64, 5, 2 * 3, 2, 128, 0),
-        (6, False, 4, 64, 68, 2, 2, 256, 6), (7, False, 4, 64, 2 * 17, 2 * 3, 1, 512, 7),
+    assert [given[1:11] for given in launched] == [
+        (5, False, True, 4, 64, 68, 2, 1, 256, 1000), (8, False, False, 4, 64, 5, 2 * 3, 2, 128, 0),
+        (6, False, True, 4, 64, 68, 2, 2, 256, 6), (7, False, False, 4, 64, 2 * 17, 2 * 3, 1, 512, 7),
     ]  # fmt: skip
     for on, *_, numbers in launched:
         assert on is x and len(numbers) == len(cuda.FIELDS)
