@@ -87,12 +87,8 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
   }
 
   // What a chunk needs, each of the four fetched by one thread.
-  const auto fetch_rows = [&](int chunk, auto& tile, const TensorMap& map) {
-    auto& arrived = s.arrived[chunk % kStages];
-    arrived.expect(sizeof(tile));
-#pragma unroll
-    for (int part = 0; part < tile.kParts; ++part)
-      arrived.copy_box(&tile.x[part], &map, part * 64, here.group, int(here.first) + chunk * CT, int(here.row));
+  const auto fetch = [&](int chunk, auto& tile, const TensorMap& map) {
+    fetch_rows<Sh>(s.arrived[chunk % kStages], tile, map, here.group, int(here.first) + chunk * CT, int(here.row));
   };
   const auto fetch_in = [&](int chunk, auto& tile, const TensorMap& map) {
     auto& came = s.came[chunk % kIn];
@@ -124,8 +120,8 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
       if (chunk >= kStages) wait_at(kEmpty + chunk % kStages, 256);
       auto& arrived = s.arrived[chunk % kStages];
       auto& in = s.in[chunk % kIn];  // where that of kIn chunks before was, of which y has left
-      if (threadIdx.x == 128) fetch_rows(chunk, stage.q, maps.C);
-      if (threadIdx.x == 160) fetch_rows(chunk, stage.k, maps.B);
+      if (threadIdx.x == 128) fetch(chunk, stage.q, maps.C);
+      if (threadIdx.x == 160) fetch(chunk, stage.k, maps.B);
       if (kIn > 1 && threadIdx.x == 192) fetch_in(chunk, in.x, maps.x);
       if (kIn > 1 && threadIdx.x == 224 && a.z) fetch_in(chunk, in.z, maps.z);
       copy_decays<Sh>(s.decays[chunk % kStages], here.decays + t, here.apart, live);

@@ -67,9 +67,9 @@ struct alignas(16) Turns {  // of a chunk: cos and sin in a register's halves; r
   __device__ static float2 unpack(unsigned turn) { return Pair<Float16>::unpack(turn); }
 };
 
-template <class Sh>
+template <class Sh, int KINDS = Sh::MODEL == kMamba2 ? 2 : 4>  // of L, w, own, dt the first; Mamba-2's own is w
 struct Decays {
-  float x[4][Sh::CT];
+  float x[KINDS][Sh::CT];
 
   __device__ auto& L() const { return x[0]; }  // past the end that of the last token
   __device__ auto& w() const { return x[1]; }
@@ -179,6 +179,15 @@ struct Rows {
   }
 };
 
+// Starts fetching a chunk's rows of B or C by TMA, from a token on; one thread does.
+template <class Sh>
+__device__ __forceinline__ void fetch_rows(
+    Arrival& arrived, Tile<ROWS, Sh::N>& to, const TensorMap& map, int group, int token, int batch) {
+  arrived.expect(sizeof(to));
+#pragma unroll
+  for (int part = 0; part < to.kParts; ++part) arrived.copy_box(&to.x[part], &map, part * 64, group, token, batch);
+}
+
 // Copies by 128 threads, neighbours to neighbours: a line of memory that comes for lanes apart is written once for each.
 
 // Starts copying a chunk's rows of B or C; `from` is at its first token and the group, `live` counts its tokens.
@@ -227,9 +236,9 @@ __device__ __forceinline__ void copy_turns(Turns<Sh>& to, const Turns<Sh>* from)
 }
 
 // `from` is L at the chunk's first token; w, own and dt lie behind it, `apart` of each other.
-template <class Sh>
-__device__ __forceinline__ void copy_decays(Decays<Sh>& to, const float* from, int apart, int live) {
-  constexpr int kAll = (Sh::MODEL == kMamba2 ? 2 : 4) * Sh::CT;
+template <class Sh, int KINDS>
+__device__ __forceinline__ void copy_decays(Decays<Sh, KINDS>& to, const float* from, int apart, int live) {
+  constexpr int kAll = KINDS * Sh::CT;
 #pragma unroll
   for (int n = 0; n < (kAll + 127) / 128; ++n) {
     const int i = (threadIdx.x ^ 64) % 128 + n * 128, which = i / Sh::CT, t = i % Sh::CT;  // not first the warps that fetch more

@@ -23,7 +23,7 @@ struct WalkShared {
   Tile<P, Sh::N> out;
   struct {
     Tile<Sh::CT, P> x, z;  // or dy, z
-    float L[Sh::CT], w[Sh::CT];
+    Decays<Sh, 2> decays;
   } in[kIn];
   Turns<Sh> turns[kStages];
   Parameters<Sh> parameters;
@@ -71,12 +71,8 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
       if (n >= kStages) wait_at(kEmpty + n % kStages, 256);
       auto& arrived = s.arrived[n % kStages];
       auto& rows = s.rows[n % kStages];
-      if (threadIdx.x == 128) {
-        arrived.expect(sizeof(rows));
-#pragma unroll
-        for (int part = 0; part < rows.kParts; ++part)
-          arrived.copy_box(&rows.x[part], back ? &maps.C : &maps.B, part * 64, g, int(seq.first) + chunk_of(n) * CT, int(seq.row));
-      }
+      if (threadIdx.x == 128)
+        fetch_rows<Sh>(arrived, rows, back ? maps.C : maps.B, g, int(seq.first) + chunk_of(n) * CT, int(seq.row));
       if (Sh::kTurns && threadIdx.x == 192) {
         arrived.expect(sizeof(s.turns[0]));
         arrived.copy(&s.turns[n % kStages], at<const Turns<Sh>>(a.turns) + (lies + chunk_of(n)) * H + h, sizeof(s.turns[0]));
@@ -93,10 +89,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
       const int t = chunk_of(n) * CT, live = seq.length - t;
       copy_tokens<Sh>(to.x, x + (long long)t * x_s, x_s, live, width);
       if (gated) copy_tokens<Sh>(to.z, z + (long long)t * a.z_s, int(a.z_s), live, width);
-      if (const int i = threadIdx.x % 128; i < CT) {
-        copy4(&to.L[i], at<const float>(a.L) + tokens + t + min(i, live - 1), true);
-        copy4(&to.w[i], at<const float>(a.W) + tokens + t + i, i < live);
-      }
+      copy_decays<Sh>(to.decays, at<const float>(a.L) + tokens + t, int(a.H * a.tokens), live);
       s.came[n % kIn].arrive_when_copied();
     };
     copy_in(0), copy_in(1);
@@ -142,7 +135,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
     const auto weigh = [&](unsigned (&to)[4][4], int n) {
       const auto& in = s.in[n % kIn];
       s.came[n % kIn].wait(n / kIn % 2);
-      const float end = in.L[CT - 1];
+      const float end = in.decays.L()[CT - 1];
 #pragma unroll
       for (int tb = 0; tb < TB; ++tb) {
         unsigned xs[4], zs[4] = {};
@@ -152,7 +145,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int t = (tb * 16 + e / 2 * 8) % CT + col + e % 2;
-          factor[e] = back ? exp_(in.L[t]) : exp_(end - in.L[t]) * in.w[t];
+          factor[e] = back ? exp_(in.decays.L()[t]) : exp_(end - in.decays.L()[t]) * in.decays.w()[t];
         }
         const auto fill = [&](auto has_gates) {
 #pragma unroll
