@@ -1,8 +1,9 @@
 """Mamba-2's scan beside mamba-ssm: the recipe's shape; lengths; 112 heads; packed; then ours alone in other dtypes and sizes.
 
 The inputs are what stock Megatron's mixer hands the scan: x, B, C after SiLU, dt before bias and softplus, all in x's dtype;
-A, D and dt_bias in fp32; no z, which its norm takes. The final state is not asked for. mamba-ssm tunes once for all
-lengths (88 s on an H200) and again for another N or P, so those are measured alone.
+A, D and dt_bias in fp32; no z, which its norm takes. The final state is not asked for. mamba-ssm tunes at its first calls
+(73 s on an H200), a few of its kernels again for another number of heads or of chunks (8 s each), and all of them for
+another N or P, so those are measured alone.
 """
 
 from __future__ import annotations

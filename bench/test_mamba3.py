@@ -4,9 +4,10 @@ x, z, B, C are contiguous, dt and log_decay are views [B, H, S] of [B, S, H] in 
 x's dtype and the parameters in fp32: what mamba-ssm's own layer hands its kernels, so that neither side copies more than
 there. The final state is not asked for.
 
-mamba-ssm's SISO tunes once for all lengths (267 s on an H200) and again for packed sequences. Its MIMO compiles for every
-shape (105 s), and another time for packed sequences. So the two recipe shapes come first, packed sequences last, and
-other ranks, dtypes, N and P are measured alone. `-k S4096` leaves out the other lengths.
+mamba-ssm's SISO tunes once for all lengths (272 s on an H200), again for another number of heads (half a minute even where
+all is compiled) and for packed sequences. Its MIMO compiles for every shape (146 s), and another time for packed
+sequences. So the two recipe shapes come first, packed sequences last, and other ranks, dtypes, N and P are measured alone.
+`-k S4096` leaves out the other lengths.
 """
 
 from __future__ import annotations
