@@ -323,7 +323,7 @@ __device__ __forceinline__ void along_p(const Arguments& a, GradientShared<Sh>& 
       at<float>(a.PAIRS)[of_unit + t] = of_pairs, at<float>(a.DOWN)[of_unit + t] = of_own;
       at<float>(a.READ)[of_unit + t] = sum(sums.read), at<float>(a.WRITE)[of_unit + t] = written;
       at<float>(a.DW)[of_unit + t] = sum(sums.later) + written;
-      if (t == 0)
+      if (t == 0 && here.chunk + j)  // that of a sequence's first chunk has `walk`
         at<float>(a.energy)[(here.span * a.every + j) * U + unit] =
             exp_(end) * (sums.energy[0] + sums.energy[1] + sums.energy[2] + sums.energy[3]);
     }

@@ -368,6 +368,20 @@ __device__ __forceinline__ void load_state(float (&S)[eights][4], const float* f
         S[j][2 * e] = v.x, S[j][2 * e + 1] = v.y;
       }
 }
+// The sum of the part's products with that of another state.
+template <int eights>
+__device__ __forceinline__ float dot_state(const float (&S)[eights][4], const float* other, const int (&p)[2], int width) {
+  float sum = 0.f;
+#pragma unroll
+  for (int j = 0; j < eights; ++j)
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+      if (p[e] < width) {
+        const float2 v = *reinterpret_cast<const float2*>(other + 8 * e * (8 * eights) + 8 * j);
+        sum += S[j][2 * e] * v.x + S[j][2 * e + 1] * v.y;
+      }
+  return sum;
+}
 template <int eights>
 __device__ __forceinline__ void store_state(float* to, const float (&S)[eights][4], const int (&p)[2], int width) {
 #pragma unroll

@@ -7,7 +7,8 @@
 // A warp of the other has 16 of the P columns, its part of the state [16, N] in fp32 registers, which wgmma adds to, and which
 // leaves, rounded, through shared memory: `states` and `carried` hold tiles as wgmma reads them. While a chunk's product runs,
 // the next chunk's v or dys is weighed. The direction with the gates comes first: its blocks take longer. A segment's S starts
-// from what the forward saved, G from the segment after it, in `dstate`, which stays fp32.
+// from what the forward saved, G from the segment after it, in `dstate`, which stays fp32. <S, G> of a sequence's first chunk
+// is summed here, where both are fp32: in a short sequence that is most of log_decay's gradient.
 // Bound: latency of both, each busy 80 to 85 %; DRAM 62 %, for the states it writes are 2.1 GB a layer at the recipe's shape.
 #pragma once
 
@@ -28,6 +29,7 @@ struct WalkShared {
   Turns<Sh> turns[kStages];
   Parameters<Sh> parameters;
   Arrival arrived[kStages], came[kIn], weighed[kIn];  // rows and turns, x, z and decays; the latter are read
+  float energy[4];
 };
 
 template <typename T, int MODEL, int R, int N>
@@ -115,12 +117,15 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, col = lane % 4 * 2;
     const int p0 = warp * 16, p[2] = {p0 + row, p0 + row + 8};
     const long long of_unit = (unit * all_p + p_first + p[0]) * N + col;
+    const auto saved = [&] {
+      const long long number = a.segment / a.segment_spans + (a.cu ? blockIdx.y : blockIdx.y * a.segments);
+      return at<const float>(a.saved) + ((number * H + h) * all_p + p_first + p[0]) * N + col;
+    };
     float S[N / 8][4] = {};
     if (back) {
       if (const float* from = at<const float>(high == all ? a.dfinal : a.dstate)) load_state(S, from + of_unit, p, width);
     } else {
-      const long long number = a.segment / a.segment_spans + (a.cu ? blockIdx.y : blockIdx.y * a.segments);
-      load_state(S, at<const float>(a.saved) + ((number * H + h) * all_p + p_first + p[0]) * N + col, p, width);
+      load_state(S, saved(), p, width);
     }
     float into[Sh::R][2], steep[Sh::R][2];  // psi, or phi; with gates z into / (1 + 2^(z steep)) is phi silu(z zeta)
 #pragma unroll
@@ -191,6 +196,15 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
       for (int i = 0; i < s.out.kParts * 4; ++i) {
         const int on = (i / 4 * P + p0) * 128 + (i % 4 * 32 + lane) * 16;
         put16(to + (long long)chunk_of(n) * gridDim.x * int(sizeof(s.out)) + on, get16(reinterpret_cast<const char*>(s.out.x) + on));
+      }
+      if (back && chunk_of(n) == 0) {
+        float energy = dot_state(S, saved(), p, width);
+#pragma unroll
+        for (int d = 16; d; d /= 2) energy += __shfl_xor_sync(~0u, energy, d);
+        if (lane == 0) s.energy[warp] = energy;
+        wait_at(kProducts, 128);
+        if (threadIdx.x == 0)
+          at<float>(a.energy)[span * every * gridDim.x + blockIdx.x] = decay * (s.energy[0] + s.energy[1] + s.energy[2] + s.energy[3]);
       }
 #pragma unroll
       for (int j = 0; j < N / 8; ++j)

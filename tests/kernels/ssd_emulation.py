@@ -287,15 +287,18 @@ def walk(a):
             p, before = a.part(i, chunk, chunks=1), state.clone().requires_grad_()
             with torch.enable_grad():
                 y, end, *_ = a.run(p, slice(None), before, a.model and a.base(i, chunk))
-            steps.append((chunk, p.dy, before, y, end))
+            steps.append((chunk, p, before, y, end))
             state = end.detach()
         ends = inside.stop == a.chunks_of(i) if inside else not a.chunks_of(i) and f.segment == 0
         if ends:
             f.dstate[i] = 0 if f.dfinal is None else f.dfinal[i]
         after = f.dstate[i].view(a.U, a.BP, a.N)
-        for chunk, dy, before, y, end in reversed(steps):
+        for chunk, p, before, y, end in reversed(steps):
             a.scratch("carried", i, chunk).copy_(after)
-            (after,) = torch.autograd.grad([y, end], before, [dy, after])
+            if chunk == 0:
+                energy = a.array("energy", a.all_spans * f.every, a.U)
+                energy[a.first_span(i) * f.every] = p.L[:, -1].exp() * (before.detach() * after).sum((1, 2))
+            (after,) = torch.autograd.grad([y, end], before, [p.dy, after])
         if inside:
             f.dstate[i] = after.view(a.H, a.P, a.N)
 
@@ -330,8 +333,9 @@ def gradient(a):
         for name, leaf in by_token.items():
             a.array(name, a.U, f.tokens)[:, p.tokens] = getattr(d, leaf)
         for j, (c, before, after) in enumerate(zip(a.chunks(p), befores, afters)):
-            passing = p.L[:, c][:, -1].exp() * (before * after).sum((1, 2))
-            a.array("energy", a.all_spans * f.every, a.U)[span * f.every + j] = passing
+            if k or j:  # else walk did it
+                passing = p.L[:, c][:, -1].exp() * (before * after).sum((1, 2))
+                a.array("energy", a.all_spans * f.every, a.U)[span * f.every + j] = passing
         for name, found in (("dx", d.x), ("dz", getattr(d, "z", None))):
             if found is not None:
                 to = a.array(name, a.rows, a.S, a.H, a.P)
