@@ -32,8 +32,8 @@ STABLE_TORCH_LIBRARY(nam56r, m) {
   m.def("ssd_load(Tensor cubin, str[] names) -> int[]");
   m.def("ssd_shared(str kernel, int model, int rank, int d_state) -> int");
   m.def(
-      "ssd_launch(Tensor on, int kernel, bool early, bool mapped, int rank, int d_state, int grid_x, int grid_y, int grid_z, int threads, int shared, "
-      "int[] arguments) -> ()");
+      "ssd_launch(Tensor on, int kernel, bool early, bool mapped, int rank, int d_state, int grid_x, int grid_y, "
+      "int grid_z, int threads, int shared, int[] arguments) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(nam56r, CompositeExplicitAutograd, m) {

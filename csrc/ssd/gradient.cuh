@@ -265,8 +265,7 @@ __device__ __forceinline__ void along_p(const Arguments& a, GradientShared<Sh>& 
       for (int n = 0; n < P / 8; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) energy += n * 8 + col + e % 2 == p[e / 2] ? both[n][e] : 0.f;
-#pragma unroll
-      for (int d = 16; d; d /= 2) energy += __shfl_xor_sync(~0u, energy, d);
+      energy = over_warp(energy);
       if (lane == 0) sums.energy[warp] = energy;
     }
     // what tokens read of S and write to G, before y and dv take their decays

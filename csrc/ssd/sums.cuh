@@ -42,6 +42,12 @@ __device__ __forceinline__ void over_row(float (&v)[n]) { exchange<n / 2>(v, 2),
 template <int n>
 __device__ inline int over_row_first() { return (threadIdx.x & 2 ? n / 2 : 0) + (threadIdx.x & 1 ? n / 4 : 0); }
 
+__device__ inline float over_warp(float x) {
+#pragma unroll
+  for (int d = 16; d; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+  return x;
+}
+
 __device__ inline float over_quad(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
   return x + __shfl_xor_sync(~0u, x, 2);

@@ -356,39 +356,35 @@ __device__ __forceinline__ void store_columns(
   }
 }
 
-// A thread's part of a state [P, N] in memory, the rows p[0] and p[1] as far as there are `width`: its first element is `from`.
+// A thread's part of a state [P, N], the rows p[0] and p[1] as far as there are `width`: calls f(x, y, on) for its pairs, of which
+// the first lies at 0 in memory, where a row has N = 8 eights.
+template <int eights, typename State, typename F>
+__device__ __forceinline__ void each_pair(State (&S)[eights][4], const int (&p)[2], int width, F f) {
+#pragma unroll
+  for (int j = 0; j < eights; ++j)
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+      if (p[e] < width) f(S[j][2 * e], S[j][2 * e + 1], 8 * e * (8 * eights) + 8 * j);
+}
 template <int eights>
 __device__ __forceinline__ void load_state(float (&S)[eights][4], const float* from, const int (&p)[2], int width) {
-#pragma unroll
-  for (int j = 0; j < eights; ++j)
-#pragma unroll
-    for (int e = 0; e < 2; ++e)
-      if (p[e] < width) {
-        const float2 v = *reinterpret_cast<const float2*>(from + 8 * e * (8 * eights) + 8 * j);
-        S[j][2 * e] = v.x, S[j][2 * e + 1] = v.y;
-      }
-}
-// The sum of the part's products with that of another state.
-template <int eights>
-__device__ __forceinline__ float dot_state(const float (&S)[eights][4], const float* other, const int (&p)[2], int width) {
-  float sum = 0.f;
-#pragma unroll
-  for (int j = 0; j < eights; ++j)
-#pragma unroll
-    for (int e = 0; e < 2; ++e)
-      if (p[e] < width) {
-        const float2 v = *reinterpret_cast<const float2*>(other + 8 * e * (8 * eights) + 8 * j);
-        sum += S[j][2 * e] * v.x + S[j][2 * e + 1] * v.y;
-      }
-  return sum;
+  each_pair(S, p, width, [&](float& x, float& y, int on) {
+    const float2 v = *reinterpret_cast<const float2*>(from + on);
+    x = v.x, y = v.y;
+  });
 }
 template <int eights>
 __device__ __forceinline__ void store_state(float* to, const float (&S)[eights][4], const int (&p)[2], int width) {
-#pragma unroll
-  for (int j = 0; j < eights; ++j)
-#pragma unroll
-    for (int e = 0; e < 2; ++e)
-      if (p[e] < width) *reinterpret_cast<float2*>(to + 8 * e * (8 * eights) + 8 * j) = {S[j][2 * e], S[j][2 * e + 1]};
+  each_pair(S, p, width, [&](float x, float y, int on) { *reinterpret_cast<float2*>(to + on) = {x, y}; });
+}
+template <int eights>  // the sum of its products with another's
+__device__ __forceinline__ float dot_state(const float (&S)[eights][4], const float* other, const int (&p)[2], int width) {
+  float sum = 0.f;
+  each_pair(S, p, width, [&](float x, float y, int on) {
+    const float2 v = *reinterpret_cast<const float2*>(other + on);
+    sum += x * v.x + y * v.y;
+  });
+  return sum;
 }
 
 __device__ inline float fraction(float x) { return x - floorf(x); }

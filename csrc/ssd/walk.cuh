@@ -12,6 +12,7 @@
 // Bound: latency of both, each busy 80 to 85 %; DRAM 62 %, for the states it writes are 2.1 GB a layer at the recipe's shape.
 #pragma once
 
+#include "ssd/sums.cuh"
 #include "ssd/tiles.cuh"
 
 namespace nam56r::ssd {
@@ -198,9 +199,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
         put16(to + (long long)chunk_of(n) * gridDim.x * int(sizeof(s.out)) + on, get16(reinterpret_cast<const char*>(s.out.x) + on));
       }
       if (back && chunk_of(n) == 0) {
-        float energy = dot_state(S, saved(), p, width);
-#pragma unroll
-        for (int d = 16; d; d /= 2) energy += __shfl_xor_sync(~0u, energy, d);
+        const float energy = over_warp(dot_state(S, saved(), p, width));
         if (lane == 0) s.energy[warp] = energy;
         wait_at(kProducts, 128);
         if (threadIdx.x == 0)
