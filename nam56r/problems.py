@@ -92,6 +92,8 @@ class Workload:
             "v": self._tokens(heads, a.v_head_dim),
             "causal": True,
             "cu_seqlens": None,
+            "query_offset": 0,
+            "return_lse": False,
         }
 
     def _dsa(self, indexer: bool) -> dict[str, Arguments]:

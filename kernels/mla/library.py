@@ -33,7 +33,7 @@ from nam56r.kernels.registry import Device, Spec
 HALF = (torch.bfloat16, torch.float16)
 
 
-def mla_attention(q, k_nope, k_rope, v, *, scale, causal=True, cu_seqlens=None):
+def mla_attention(q, k_nope, k_rope, v, *, scale, causal=True, cu_seqlens=None, query_offset=0, return_lse=False):
     rope = k_rope.unsqueeze(2).expand(*k_nope.shape[:3], -1)
     k = torch.cat((k_nope, rope), -1)
     if not q.is_cuda:
@@ -57,7 +57,7 @@ def backend(device: Device, q: torch.Tensor | Spec, v: torch.Tensor | Spec) -> S
 
 
 def _dense(q, k, v, scale, causal, cu_seqlens):
-    mask = None if cu_seqlens is None else visible(q.shape[1], causal, cu_seqlens, q.device)
+    mask = None if cu_seqlens is None else visible(q.shape[1], q.shape[1], causal, cu_seqlens, 0, q.device)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale)
     return out.transpose(1, 2)

@@ -8,9 +8,13 @@ from nam56r.kernels.registry import Kernel, Problem
 
 def _library_refuses(problem: Problem) -> tuple[str, ...]:
     q, v, device = problem["q"], problem["v"], problem.device
-    if device.type == "cpu" or q.dtype not in library.HALF:
-        return ()
     reasons = []
+    if problem["return_lse"]:
+        reasons.append("PyTorch's attention returns no logsumexp")
+    if problem["query_offset"] or q.shape[1] != v.shape[1]:
+        reasons.append("it takes as many keys as queries, and no query_offset")
+    if device.type == "cpu" or q.dtype not in library.HALF:
+        return tuple(reasons)
     if device.capability < (8, 0):
         reasons.append(f"PyTorch's attention kernels need compute capability 8.0, not {device.capability}")
     if q.shape[3] % 8 or v.shape[3] % 8:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from nam56r.kernels.mla import latent_attention, library, mla_attention, reference
+from nam56r.kernels.mla import latent_attention, library, merge_attention, mla_attention, reference
 from nam56r.kernels.registry import DEVICES, NoKernel, Problem, Spec, candidates, select
 from nam56r.kernels.testing import agree, kernels_here, outputs_and_gradients, replays, same_bits
 
@@ -77,6 +77,39 @@ def test_latent_gradients():
     for packed in (None, torch.tensor([0, 2, 2, 5], dtype=torch.int32)):
         run = partial(latent_attention, value_dim=3, scale=0.5, cu_seqlens=packed)
         assert torch.autograd.gradcheck(run, (q, kv))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_parts_of_the_keys_merge(causal):
+    """Context parallel: queries from the middle, keys in parts, some of which a query doesn't see; gradients too."""
+    x = tensors(2, 12, 3, 4, 2, 5)
+    whole = partial(mla_attention, scale=0.4, causal=causal, return_lse=True, kernel="reference")
+
+    def part(q, k_nope, k_rope, v):
+        q = q[:, 4:11]
+        keys = [(k_nope[:, a:b], k_rope[:, a:b], v[:, a:b], a) for a, b in ((0, 3), (3, 8), (8, 8), (8, 12))]
+        return merge_attention(*zip(*(whole(q, *kv, query_offset=4 - first) for *kv, first in keys)))
+
+    def expected(q, k_nope, k_rope, v):
+        return whole(q[:, 4:11], k_nope, k_rope, v, query_offset=4)
+
+    got, want = (outputs_and_gradients(f, x, None) for f in (part, expected))
+    torch.testing.assert_close(got, want)
+    assert all(torch.isfinite(t).all() for t in got[1].values())
+
+
+def test_a_query_that_sees_nothing():
+    q, kv = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((1, 4, 2, 6), (1, 5, 6)))
+    run = partial(latent_attention, value_dim=4, scale=0.3, query_offset=-2, return_lse=True)
+    out, lse = run(q, kv)
+    assert not out[:, :2].any() and (lse[:, :2] == -torch.inf).all() and torch.isfinite(lse[:, 2:]).all()
+    grads = torch.autograd.grad(out.sum() + lse[:, 2:].sum(), (q, kv))
+    assert all(torch.isfinite(t).all() for t in grads) and not grads[0][:, :2].any()
+    out, lse = run(q, kv[:, :0])
+    assert not out.any() and (lse == -torch.inf).all()
+    out, lse = merge_attention(*zip(run(q, kv), run(q, kv)))
+    grads = torch.autograd.grad(out.sum() + lse[:, 2:].sum(), (q, kv))
+    assert all(torch.isfinite(t).all() for t in grads) and not out[:, :2].any()
 
 
 def test_absorbed_equals_expanded():
@@ -172,11 +205,14 @@ def test_nothing_in_nothing_out(kernel, empty):
     assert latent_attention(x["q"], x["q"][:, :, 0], value_dim=8, scale=0.25).shape == (*empty, 2, 8)
 
 
+OPTIONS = {"causal": True, "cu_seqlens": None, "query_offset": 0, "return_lse": False}
+
+
 def problem(device, dtype=torch.bfloat16, dims=(64, 64, 64), length=4096, **options):
     (Dn, Dr, Dv), B, H = dims, 2, 32
     shapes = dict(q=(B, length, H, Dn + Dr), k_nope=(B, length, H, Dn), k_rope=(B, length, Dr), v=(B, length, H, Dv))
     specs = {name: Spec(shape, dtype) for name, shape in shapes.items()}
-    return Problem.of("mla_attention", DEVICES[device], **specs, **{"causal": True, "cu_seqlens": None, **options})
+    return Problem.of("mla_attention", DEVICES[device], **specs, **{**OPTIONS, **options})
 
 
 def test_selection_without_a_device():
@@ -190,7 +226,7 @@ def test_selection_without_a_device():
     with pytest.raises(NoKernel, match="up to head dim 256, not 576"):
         select(problem("h200", dims=(512, 64, 512), cu_seqlens=packed))
     latent = dict(q=Spec((2, 9, 4, 12), torch.bfloat16), kv=Spec((2, 9, 12), torch.bfloat16), value_dim=8)
-    latent = Problem.of("latent_attention", DEVICES["h200"], **latent, causal=True, cu_seqlens=None)
+    latent = Problem.of("latent_attention", DEVICES["h200"], **latent, **OPTIONS)
     with pytest.raises(NoKernel, match="development kernel"):
         select(latent)
     assert select(latent, "reference").role == "development"
@@ -219,7 +255,7 @@ def test_refusals_name_the_argument():
     x = {n: t.detach() for n, t in tensors(2, 4, 2, 8, 8, 8, torch.float32).items()}
     good = partial(mla_attention, **x, scale=0.25)
     with pytest.raises(
-        ValueError, match=r"mla_attention: q is \[2, 4, 2, 15\], but must be \[B=2, S=4, H=2, Dn\+Dr=16\]"
+        ValueError, match=r"mla_attention: q is \[2, 4, 2, 15\], but must be \[B=2, S, H=2, Dn\+Dr=16\]"
     ):
         good(q=x["q"][..., :-1])
     with pytest.raises(TypeError, match="v is bfloat16, but must be float32"):
@@ -236,6 +272,17 @@ def test_refusals_name_the_argument():
         latent_attention(x["q"], x["q"][:, :, 0], value_dim=17, scale=0.25)
     with pytest.raises(ValueError, match=r"latent_attention: kv is \[2, 4, 8\]"):
         latent_attention(x["q"], x["v"][:, :, 0], value_dim=4, scale=0.25)
+    with pytest.raises(TypeError, match="query_offset is 1.0, but must be a whole number"):
+        good(query_offset=1.0)
+    with pytest.raises(ValueError, match="query_offset is 1073741824, but must lie within"):
+        good(query_offset=2**30)
+    packed = {name: t[:1] for name, t in x.items()} | {"cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)}
+    with pytest.raises(ValueError, match="T = 4 must be S = 4 and query_offset 0, not 2"):
+        good(**packed, query_offset=2)
+    with pytest.raises(ValueError, match="no kernel .*torch: .*returns no logsumexp.*as many keys as queries"):
+        good(query_offset=2, return_lse=True, kernel="torch")
+    with pytest.raises(ValueError, match="merge_attention: 1 outs and 0 lses"):
+        merge_attention([x["q"]], [])
 
 
 def test_compiles():
