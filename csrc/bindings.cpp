@@ -7,6 +7,7 @@
 
 #include "conv1d/conv1d.h"
 #include "m2rnn/m2rnn.h"
+#include "mla/mla.h"
 #include "ssd/ssd.h"
 
 STABLE_TORCH_LIBRARY(nam56r, m) {
@@ -27,6 +28,13 @@ STABLE_TORCH_LIBRARY(nam56r, m) {
       "m2rnn_backward(Tensor? dy, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor weight, Tensor forget, "
       "Tensor states, Tensor? cu_seqlens, int chunk) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dweight, Tensor dforget, Tensor dinitial_state)");
+  m.def(
+      "mla_forward(Tensor q, Tensor k, Tensor? k_rope, Tensor? v, Tensor? cu_seqlens, float scale, bool causal, "
+      "int query_offset) -> (Tensor out, Tensor lse)");
+  m.def(
+      "mla_backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor? k_rope, Tensor? v, Tensor out, Tensor lse, "
+      "Tensor? cu_seqlens, float scale, bool causal, int query_offset) "
+      "-> (Tensor dq, Tensor dk, Tensor dk_rope, Tensor dv)");
   m.def("ssd_built() -> str[]");
   m.def("ssd_kernel(str name) -> int");
   m.def("ssd_load(Tensor cubin, str[] names) -> int[]");
@@ -51,6 +59,8 @@ STABLE_TORCH_LIBRARY_IMPL(nam56r, CUDA, m) {
   m.impl("causal_conv1d_backward", TORCH_BOX(&nam56r::causal_conv1d_backward));
   m.impl("m2rnn_forward", TORCH_BOX(&nam56r::m2rnn_forward));
   m.impl("m2rnn_backward", TORCH_BOX(&nam56r::m2rnn_backward));
+  m.impl("mla_forward", TORCH_BOX(&nam56r::mla_forward));
+  m.impl("mla_backward", TORCH_BOX(&nam56r::mla_backward));
 }
 
 static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

@@ -22,6 +22,8 @@ import nam56r.kernels
 FAMILY = {
     "mla_attention": "mla",
     "latent_attention": "mla",
+    "mla_queries": "mla",
+    "mla_latents": "mla",
     "index_top_k": "dsa",
     "sparse_latent_attention": "dsa",
     "indexer_kl_loss": "dsa",

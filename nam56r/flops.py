@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nam56r import parameters
-from nam56r.recipe import Recipe
+from nam56r.recipe import MLA, Recipe
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,21 @@ def selected_keys(seq_length: int, top_k: int) -> float:
     return (rising * (rising + 1) / 2 + (seq_length - rising) * top_k) / seq_length
 
 
+def mla_score(mla: MLA) -> dict[str, int]:
+    """What one head's query takes with one key, score and value, by form of attention.
+
+    Absorbed: the score is over latent and rope, the value is the latent. Expanded: over nope and rope, and v. The
+    projections around them take the same for a token.
+    """
+    return {
+        "absorbed": 2 * (2 * mla.kv_lora_rank + mla.qk_rope_head_dim),
+        "expanded": 2 * (mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim),
+    }
+
+
 def mla(recipe: Recipe) -> Flops:
-    """Projections, and expanded attention: scores over nope + rope, values over v, for each head and key."""
-    a = recipe.mla
-    per_key = 2 * a.num_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim + a.v_head_dim)
+    """Projections, and attention in the form that takes less."""
+    per_key = recipe.mla.num_heads * min(mla_score(recipe.mla).values())
     return products(_linears(parameters.mla(recipe)) + per_key * causal_keys(recipe.seq_length))
 
 

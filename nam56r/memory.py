@@ -349,16 +349,28 @@ def _slot(recipe: Recipe, plan: Plan, slot: Slot, element: int) -> float:
 
 
 def _mla(recipe: Recipe, plan: Plan, part: Part, element: int) -> float:
-    """Latents before and after their norms; q before and after rotation; keys and values as projected; k; out."""
+    """Latents before and after their norms; rotated queries; the attention's output and logsumexp.
+
+    Absorbed: the queries before too, which the weight's gradient takes, and what the values' weight makes of the output.
+    Expanded: the latent apart, keys and values as projected; the output once more where Megatron's order is another;
+    with PyTorch's kernel, keys with their rope.
+    """
     a, heads = recipe.mla, recipe.mla.num_heads / plan.tensor_parallel
-    head_dim = a.qk_nope_head_dim + a.qk_rope_head_dim
-    latents = 2 * (a.q_lora_rank + a.kv_lora_rank + a.qk_rope_head_dim)
-    kept = element * (latents + heads * (3 * head_dim + a.qk_nope_head_dim + 2 * a.v_head_dim))
-    reference = part.kernels.get("mla_attention") == "reference"
-    if reference or (plan.device == "cpu" and head_dim != a.v_head_dim):  # where PyTorch keeps the probabilities
-        kept += 4 * heads * recipe.seq_length
-    if reference and element < 4:
-        kept += 4 * heads * (2 * head_dim + a.v_head_dim)
+    nope, rope, value, latent = a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim, a.kv_lora_rank
+    kept = element * 2 * (a.q_lora_rank + latent + rope) + 4 * heads
+    if absorbed := "latent_attention" in part.kernels:
+        query, given = latent + rope, latent
+        kept += element * heads * (nope + rope + query + given + value)
+    else:
+        query, given = nope + rope, value
+        kept += element * (latent + heads * (query + nope + value + given * (1 + (plan.micro_batch > 1))))
+    kernel = part.kernels.get("latent_attention" if absorbed else "mla_attention")
+    if kernel == "torch":
+        kept += element * heads * query
+        if plan.device == "cpu" and query != value:  # where PyTorch keeps the probabilities
+            kept += 4 * heads * recipe.seq_length
+    if kernel == "reference":  # scores as probabilities, twice; in half precision also its fp32 inputs and output
+        kept += 8 * heads * recipe.seq_length + (4 * heads * (query + given) if element < 4 else 0)
     return kept
 
 

@@ -16,18 +16,20 @@ import torch
 from nam56r import flops
 from nam56r.features import global_features
 from nam56r.kernels.registry import FAMILY, Device, NoKernel, Problem, Spec, candidates, select
-from nam56r.problems import Workload
+from nam56r.problems import ATTENTION, Arguments, Workload, forms
 from nam56r.recipe import Recipe, Role
 from nam56r.records import Frozen, load_json
 from nam56r.translate import Refusal, together, translate
 
+DENSE = ("mla", "mtp")  # roles with dense attention
 MEGATRON = "megatron"  # the vocabulary-parallel cross entropy, which isn't ours
 
 
 class Part(Frozen):
     """What runs in one part of the model: kernels and shapes by operator, FLOPs a token ("forward", "backward").
 
-    reasons has, by operator, why its kernel: what those before it lack, or that it was asked for.
+    reasons has, by operator, why its kernel: what those before it lack, or that it was asked for. Dense attention has
+    one of two operators, `latent_attention` (absorbed) or `mla_attention` (expanded), and there also why this form.
     """
 
     kernels: dict[str, str]
@@ -173,10 +175,13 @@ def kernels_named(settings: Iterable[str]) -> dict[str, str]:
     return chosen
 
 
-def _without_module(role: str, *, indexer: bool) -> dict[str, str]:
-    """Why a slot can't be built though its operators have kernels, by operator: no Megatron module is around them yet."""
+def _without_module(recipe: Recipe, role: str, *, indexer: bool) -> dict[str, str]:
+    """Why a slot can't be built though its operators have kernels, by operator: what the modules around them lack."""
     if role == "dsa" and not indexer:
         return {"sparse_latent_attention": "no layer takes another's indices yet: set dsa.share_every to 1"}
+    theta = recipe.mla.rope_theta
+    if role in DENSE and not theta > 1:
+        return {"mla_queries": f"mla.rope_theta is {theta:g}, but the rotation's frequencies must fall: set it above 1"}
     return {}
 
 
@@ -188,11 +193,11 @@ class _Chooser:
         self.refusals: list[Refusal] = []
 
     def part(self, role: str, layer: int | str, counted: flops.Flops) -> Part:
-        faults: dict[str, list[str]] = {}
-        for operator, reason in self.work.indivisible(role):
+        form, why_form, faults = self._form() if role in DENSE else (None, "", {})
+        for operator, reason in self.work.indivisible(role, form=form):
             faults.setdefault(operator, []).append(reason)
         indexer = layer in self.work.recipe.indexer_layers
-        asked = self.work.operators(role, indexer=indexer)
+        asked = self.work.operators(role, indexer=indexer, form=form)
         chosen, why_chosen = {}, {}
         for operator, arguments in asked.items():
             if operator in faults:
@@ -207,13 +212,15 @@ class _Chooser:
                     continue
                 chosen[operator], why_chosen[operator] = MEGATRON, "the vocabulary is split over ranks"
                 continue
-            try:
-                problem = Problem.of(operator, self.device, **arguments)
-                chosen[operator] = select(problem, self.names.get(operator)).name
-                why_chosen[operator] = _why(problem, chosen[operator], asked_for=operator in self.names)
-            except NoKernel as none:
-                faults[operator] = [f"{name}: {', '.join(why)}" for name, why in none.reasons.items()]
-        for operator, reason in _without_module(role, indexer=indexer).items():
+            if refused := self._refused(operator, arguments):
+                faults[operator] = refused
+                continue
+            problem = Problem.of(operator, self.device, **arguments)
+            chosen[operator] = select(problem, self.names.get(operator)).name
+            why_chosen[operator] = _why(problem, chosen[operator], asked_for=operator in self.names)
+            if form is not None and operator == ATTENTION[form]:
+                why_chosen[operator] = f"{why_form}; {why_chosen[operator]}"
+        for operator, reason in _without_module(self.work.recipe, role, indexer=indexer).items():
             faults.setdefault(operator, []).append(reason)
             chosen.pop(operator, None)
             why_chosen.pop(operator, None)
@@ -224,6 +231,51 @@ class _Chooser:
             for operator, arguments in asked.items()
         }
         return Part(kernels=chosen, reasons=why_chosen, shapes=shapes, flops_per_token=vars(counted))
+
+    def _refused(self, operator: str, arguments: Arguments) -> list[str]:
+        """Every candidate's reasons where none takes it."""
+        try:
+            select(Problem.of(operator, self.device, **arguments), self.names.get(operator))
+        except NoKernel as none:
+            return [f"{name}: {', '.join(why)}" for name, why in none.reasons.items()]
+        return []
+
+    def _form(self) -> tuple[str, str, dict[str, list[str]]]:
+        """The form of dense attention, why, and by operator what refuses it: the better one that has kernels, or is named.
+
+        Both are refused together, under an operator of the better one.
+        """
+        better, other = forms(self.work.recipe.mla)
+        named = [form for form in (better, other) if ATTENTION[form] in self.names]
+        if len(named) == 2:
+            both = " and ".join(f"{ATTENTION[form]}={self.names[ATTENTION[form]]}" for form in sorted(named))
+            fault = f"{both} are asked for by name, but a layer has one form: name one"
+            return better, "", {ATTENTION[better]: [fault]}
+        if named:
+            return named[0], f"{named[0]}, as named", {}
+        score, stored = flops.mla_score(self.work.recipe.mla), self.work.expanded_bytes() / 2**20
+        absorbed, expanded = (f"{form}: {score[form]} FLOPs a score" for form in ("absorbed", "expanded"))
+        why = {
+            "absorbed": f"{absorbed}, expanded {score['expanded']} and {stored:.1f} MiB of K and V",
+            "expanded": f"{expanded}, absorbed {score['absorbed']}; K and V take {stored:.1f} MiB",
+        }
+        refused = {form: self._form_refused(form) for form in (better, other)}
+        if not refused[better]:
+            return better, why[better], {}
+        listed = {
+            form: "; ".join(f"{op} {why}" for op, all_of in by.items() for why in all_of)
+            for form, by in refused.items()
+        }
+        if not refused[other]:
+            return other, f"{why[other]}; {better} has no kernel ({listed[better]})", {}
+        at, own = next(iter(refused[better].items()))
+        return better, "", {at: [*own, f"{other}: {listed[other]}"]}
+
+    def _form_refused(self, form: str) -> dict[str, list[str]]:
+        """Reasons by operator of what is of this form alone and has no kernel."""
+        asked = self.work.operators("mla", form=form)
+        found = {op: self._refused(op, asked[op]) for op in (ATTENTION[form], "mla_queries")}
+        return {operator: reasons for operator, reasons in found.items() if reasons}
 
 
 def _why(problem: Problem, chosen: str, *, asked_for: bool) -> str:

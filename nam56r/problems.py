@@ -12,11 +12,20 @@ from typing import Any
 
 import torch
 
+from nam56r import flops
 from nam56r.kernels.registry import Spec
 from nam56r.parameters import MAMBA2_CONV
-from nam56r.recipe import Recipe
+from nam56r.recipe import MLA, Recipe
 
 Arguments = dict[str, Any]
+ATTENTION = {"absorbed": "latent_attention", "expanded": "mla_attention"}  # form of dense MLA -> operator
+
+
+def forms(mla: MLA) -> tuple[str, str]:
+    """Both forms of dense MLA, better first: absorbed unless it takes more FLOPs, since it writes and reads no K and V."""
+    score = flops.mla_score(mla)
+    absorbed_first = score["absorbed"] <= score["expanded"]
+    return ("absorbed", "expanded") if absorbed_first else ("expanded", "absorbed")
 
 
 @dataclass(frozen=True)
@@ -28,11 +37,14 @@ class Workload:
     tensor_parallel: int
     dtype: torch.dtype
 
-    def operators(self, role: str, *, indexer: bool = True) -> dict[str, Arguments]:
-        """Arguments by operator for a slot's role, or for "mtp" and "head". indexer: the layer computes indices."""
+    def operators(self, role: str, *, indexer: bool = True, form: str | None = None) -> dict[str, Arguments]:
+        """Arguments by operator for a slot's role, or for "mtp" and "head".
+
+        indexer: the layer computes indices. form: of dense MLA, a key of ATTENTION; None for the better one.
+        """
         split = {"rms_norm": self._rms_norm()}
         if role in ("mla", "mtp"):
-            split["mla_attention"] = self._mla()
+            split |= self._mla(form or forms(self.recipe.mla)[0])
         if role == "dsa":
             split |= self._dsa(indexer)
         if role == "moe":
@@ -47,9 +59,16 @@ class Workload:
             split["linear_cross_entropy"] = self._cross_entropy()
         return split
 
-    def indivisible(self, role: str) -> Iterator[tuple[str, str]]:
+    def expanded_bytes(self) -> int:
+        """Of the K and V that one layer of the expanded form writes, and the absorbed one doesn't."""
+        a = self.recipe.mla
+        row = a.num_heads // self.tensor_parallel * (a.qk_nope_head_dim + a.v_head_dim)
+        return self.micro_batch * self.recipe.seq_length * row * self.dtype.itemsize
+
+    def indivisible(self, role: str, *, form: str | None = None) -> Iterator[tuple[str, str]]:
         """(operator, reason) for everything of a role that doesn't divide by the tensor-parallel size."""
         r, a, m = self.recipe, self.recipe.mla, self.recipe.mamba
+        dense = ATTENTION[form or forms(a)[0]]
         attention = {
             "mla.num_heads": a.num_heads,
             "mla.q_lora_rank": a.q_lora_rank,
@@ -58,13 +77,13 @@ class Workload:
         scan = {"the number of Mamba heads": r.mamba_heads, "mamba.ngroups": m.ngroups}
         vocabulary = {"linear_cross_entropy": {"vocab_size": r.vocab_size}}
         split = {
-            "mla": {"mla_attention": attention},
+            "mla": {dense: attention},
             "dsa": {"sparse_latent_attention": attention},
             "moe": {"moe_experts": {"moe.shared_ffn_hidden_size": r.moe.shared_ffn_hidden_size}},
             "mamba3": {"mamba3_scan": scan | {"mamba.d_state / 4": m.d_state // 4}},
             "mamba2": {"mamba2_scan": scan},
             "m2rnn": {},
-            "mtp": {"mla_attention": attention, "mlp": {"ffn_hidden_size": r.ffn_hidden_size}} | vocabulary,
+            "mtp": {dense: attention, "mlp": {"ffn_hidden_size": r.ffn_hidden_size}} | vocabulary,
             "head": vocabulary,
         }
         for operator, sizes in split[role].items():
@@ -82,19 +101,40 @@ class Workload:
         d = self.recipe.hidden_size
         return {"x": self._tokens(d), "weight": self._of(d), "residual": None}
 
-    def _mla(self) -> Arguments:
-        a = self.recipe.mla
-        heads, nope, rope = a.num_heads // self.tensor_parallel, a.qk_nope_head_dim, a.qk_rope_head_dim
-        return {
-            "q": self._tokens(heads, nope + rope),
-            "k_nope": self._tokens(heads, nope),
-            "k_rope": self._tokens(rope),
-            "v": self._tokens(heads, a.v_head_dim),
-            "causal": True,
-            "cu_seqlens": None,
-            "query_offset": 0,
-            "return_lse": False,
+    def _mla(self, form: str) -> dict[str, Arguments]:
+        a, tp = self.recipe.mla, self.tensor_parallel
+        heads, nope, rope, latent = a.num_heads // tp, a.qk_nope_head_dim, a.qk_rope_head_dim, a.kv_lora_rank
+        table = self._of(self.recipe.seq_length, rope // 2, dtype=torch.float32)
+        turn = {"cos": table, "positions": None, "interleaved": True}
+        # one row in Megatron's order, all sequences' first tokens first; under sequence parallelism a part of it
+        row = self.recipe.seq_length * self.micro_batch // tp
+        latents = turn | {
+            "kv": self._of(1, row, latent + rope),
+            "q_latent": self._of(1, row, a.q_lora_rank),
+            "q_weight": self._of(a.q_lora_rank),
+            "kv_weight": self._of(latent),
+            "positions": self._of(row, dtype=torch.int32) if tp * self.micro_batch > 1 else None,
         }
+        absorbed = form == "absorbed"
+        queries = turn | {
+            "q": self._tokens(heads, nope + rope),
+            "up": self._of(heads, nope, latent) if absorbed else None,
+        }
+        masking = {"causal": True, "cu_seqlens": None, "query_offset": 0, "return_lse": False}
+        if absorbed:
+            attention = {
+                "q": self._tokens(heads, latent + rope),
+                "kv": self._tokens(latent + rope),
+                "value_dim": latent,
+            }
+        else:
+            attention = {
+                "q": self._tokens(heads, nope + rope),
+                "k_nope": self._tokens(heads, nope),
+                "k_rope": self._tokens(rope),
+                "v": self._tokens(heads, a.v_head_dim),
+            }
+        return {"mla_latents": latents, "mla_queries": queries, ATTENTION[form]: attention | masking}
 
     def _dsa(self, indexer: bool) -> dict[str, Arguments]:
         a, s = self.recipe.mla, self.recipe.dsa

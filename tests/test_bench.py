@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 
 import bench.measure
 import bench.peers
+import bench.peers.cudnn
 import bench.peers.mamba_ssm
 import bench.peers.xma
 from bench import record as recording
 from bench import test_m2rnn as bench_m2rnn
 from bench import test_mamba2 as bench_mamba2
 from bench import test_mamba3 as bench_mamba3
+from bench import test_mla as bench_mla
 from bench.measure import Measured
 from nam56r.kernels.m2rnn import m2rnn
 from nam56r.kernels.mamba2 import mamba2_scan
@@ -536,3 +539,128 @@ def test_timing_on_a_gpu():
     forward, both = records
     assert 0 < forward["ms"] < both["ms"] < 10
     assert forward["peak_mib"] == 4 and both["peak_mib"] >= 4
+
+
+def test_mla_s_cases():
+    cases = {(case.op, case.name): case for case in bench_mla.CASES}
+    assert len(cases) == len(bench_mla.CASES)
+    whole, packings = ("B2 S4096", "B1 S16384", "B1 S65536"), ("B1 S8192 H32 {} packed8", "B1 S16384 H32 {} ragged8")
+    for op, dims in (("latent_attention", "128/64"), ("mla_attention", "192/128")):
+        names = (*(f"{size} H32 {dims}" for size in whole), *(packing.format(dims) for packing in packings))
+        for name in names:
+            assert (op, name) in cases and (op, f"{name} rope") in cases
+    for name in ("B2 S4096 H32 128/64", "B1 S4096 H28 128/64", "B1 S4096 H128 192/128"):
+        assert ("mla_attention", name) in cases
+    for case in cases.values():
+        assert not case.lengths or (case.B, sum(case.lengths)) == (1, case.S)
+        assert all(
+            peer.startswith("peer:varlen" if case.lengths else "peer:cudnn") for peer in case.peers if peer != "torch"
+        )
+
+
+def test_mla_s_arithmetic():
+    case = bench_mla.Case("latent_attention", 1, 10, 3, 4, 2, 4, lengths=(7, 3))
+    seen = bench_mla.reference.visible(10, 10, True, case.options("cpu")["cu_seqlens"], 0, "cpu").sum().item()
+    assert case.flops() == {"fwd": 3 * seen * 2 * (6 + 4), "fwd+bwd": 9 * seen * 2 * (6 + 4)}
+    assert bench_mla.Case("mla_attention", 2, 4, 3).flops()["fwd"] == 2 * 3 * 10 * 2 * (128 + 64)
+    for op in bench_mla.OPERATORS:
+        case = bench_mla.Case(op, 2, 5, 3)
+        inputs = case.inputs("cpu")
+        out = bench_mla.OPERATORS[op](**inputs, **case.options("cpu"))
+        read = sum(t.nbytes for t in inputs.values())
+        assert case.moved() == {"fwd": read + out.nbytes, "fwd+bwd": 3 * (read + out.nbytes)}
+
+
+def varlen_standing_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+    """torch.nn.attention.varlen's signature and wishes, computed by the reference."""
+    assert cu_seq_q is cu_seq_k and max_q == max_k == cu_seq_q.diff().max() and window_size == (-1, 0)
+    assert query.shape[2] == key.shape[2] == value.shape[2] and key.shape == value.shape
+    k, v = (t[None].expand(-1, -1, query.shape[1], -1) for t in (key, value))
+    arguments = {"scale": scale, "cu_seqlens": cu_seq_q, "kernel": "reference"}
+    return bench_mla.mla_attention(query[None], k, query.new_empty(1, len(query), 0), v, **arguments)[0]
+
+
+@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize("lengths", [(), (5, 1, 6)])
+@pytest.mark.parametrize(("op", "Dn", "Dv"), [("latent_attention", 8, 8), ("mla_attention", 16, 8)])
+def test_mla_s_peers_compute_what_ours_does(monkeypatch, op, Dn, Dv, lengths, rope):
+    pinned = []
+    monkeypatch.setattr(bench.peers.cudnn, "sdpa_kernel", lambda backend: pinned.append(backend) or nullcontext())
+    monkeypatch.setattr(bench.peers.cudnn, "varlen_attn", varlen_standing_in)
+    one_graph = torch.compile(bench.peers.cudnn.prepared, fullgraph=True, dynamic=False, backend="eager")
+    monkeypatch.setattr(bench_mla, "compiled", lambda: one_graph)
+    case = bench_mla.Case(op, 1 if lengths else 2, 12, 4, Dn, 8, Dv, lengths, rope)
+    inputs = case.inputs("cpu")
+    run, leaves = case.calls(inputs)
+    assert leaves[: len(inputs)] == list(inputs.values()) and all(t.is_leaf and t.requires_grad for t in leaves)
+    ours = run("reference")
+    dy = torch.randn_like(ours)
+    (wanted,) = torch.autograd.grad(ours, inputs["q"], dy)
+    used = set()
+    for name in case.peers:
+        out = run(name)
+        assert out.shape[-1] == (case.Dn + case.Dr if lengths and name != "torch" else Dv), name
+        gradients = torch.autograd.grad(out[..., :Dv], leaves, dy, allow_unused=True)
+        used |= {i for i, gradient in enumerate(gradients) if gradient is not None}
+        for mine, theirs in ((ours, out[..., :Dv]), (wanted, gradients[0])):
+            torch.testing.assert_close(theirs, mine, rtol=0.03, atol=0.03 * mine.abs().max().item(), msg=name)
+    assert used >= set(range(len(inputs), len(leaves))), "a leaf of the peers' that none of them uses"
+    assert bool(pinned) == (not lengths) and set(pinned) <= {bench.peers.cudnn.SDPBackend.CUDNN_ATTENTION}
+
+
+def test_the_peers_rope_is_megatron_s():
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+
+    t, freqs = torch.randn(2, 7, 3, 8).bfloat16(), 5 * torch.randn(7, 1, 4).repeat(1, 1, 2)
+    wanted = _apply_rotary_pos_emb_bshd(t, freqs, mla_rotary_interleaved=True)
+    assert torch.equal(bench.peers.cudnn.turned(t, freqs.cos().bfloat16(), freqs.sin().bfloat16()), wanted)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, []),
+        ({"D": 192, "Dv": 128}, []),
+        ({"device": "cpu"}, ["needs a CUDA device"]),
+        ({"device": "a100", "D": 192, "Dv": 128}, ["no bfloat16, 8 tokens, head dims 192/128"]),
+        ({"dtype": torch.float32, "lse": True}, ["no float32", "logsumexp"]),
+        ({"Dv": 60}, ["head dims 128/60"]),
+        ({"T": 16}, ["query_offset"]),
+        ({"offset": 3, "packed": True}, ["packed", "query_offset"]),
+    ],
+)
+@pytest.mark.parametrize("op", ["latent_attention", "mla_attention"])
+def test_cudnn_refuses_what_it_cannot_do(op, given, words):
+    asked = {"device": "h200", "dtype": torch.bfloat16, "D": 128, "Dv": 64, "T": 8, "packed": False, "lse": False}
+    asked = SimpleNamespace(**(asked | {"offset": 0} | given))
+    tensors = {"v": Spec((1, asked.T, 4, asked.Dv), asked.dtype)}
+    if op == "latent_attention":
+        tensors = {"kv": Spec((1, asked.T, asked.D), asked.dtype), "value_dim": asked.Dv}
+    problem = Problem.of(
+        op,
+        device=DEVICES[asked.device],
+        q=Spec((1, 8, 4, asked.D), asked.dtype),
+        **tensors,
+        cu_seqlens=Spec((3,), torch.int32) if asked.packed else None,
+        query_offset=asked.offset,
+        return_lse=asked.lse,
+    )
+    (kernel,) = (kernel for kernel in bench.peers.cudnn.KERNELS if kernel.operator == op)
+    reasons = kernel.reasons(problem, by_name=True)
+    assert len(reasons) == len(words) and all(word in reason for word, reason in zip(words, reasons)), reasons
+
+
+@pytest.mark.parametrize("op", ["latent_attention", "mla_attention"])
+def test_cudnn_as_a_kernel_is_the_operator(monkeypatch, op):
+    monkeypatch.setattr(bench.peers.cudnn, "sdpa_kernel", lambda backend: nullcontext())
+    case = bench_mla.Case(op, 2, 9, 3, 8, 8, 8)
+    inputs, options = (
+        {name: t.detach().double().requires_grad_() for name, t in case.inputs("cpu").items()},
+        case.options("cpu"),
+    )
+    (kernel,) = (kernel for kernel in bench.peers.cudnn.KERNELS if kernel.operator == op)
+    rest = {"causal": True, "query_offset": 0, "return_lse": False}
+    outputs, gradients = outputs_and_gradients(lambda **given: kernel.run(**given, **options, **rest), inputs, None)
+    wanted, exact = outputs_and_gradients(lambda **given: bench_mla.OPERATORS[op](**given, **options), inputs, None)
+    torch.testing.assert_close(outputs, wanted)
+    torch.testing.assert_close(gradients, exact)

@@ -1,6 +1,8 @@
 // What every kernel of the scan gets: addresses and sizes, in the order of FIELDS in kernels/ssd/cuda.py; maps are made from them.
 #pragma once
 
+#include "hopper/device.cuh"
+
 namespace nam56r::ssd {
 
 struct Arguments {
@@ -17,11 +19,6 @@ struct Arguments {
   long long segment, segment_spans, segments, sums;  // sums: how far apart are those of a segment's places
   long long x_b, x_s, x_h, B_b, B_s, B_r, B_g, C_b, C_s, C_r, C_g, z_b, z_s, z_h, dy_b, dy_s, dy_h, a_b, a_s, a_h;
   long long dB_b, dB_s, dB_r, dB_g, dB_split, dC_b, dC_s, dC_r, dC_g, dC_split;
-};
-
-// How a tensor lies in memory, for copies of whole tiles of it (a CUtensorMap).
-struct alignas(64) TensorMap {
-  unsigned long long x[16];
 };
 
 // A box may reach past a chunk's end, into another sequence.

@@ -8,9 +8,7 @@
 #include <cstring>
 #include <optional>
 
-#include <cuda.h>
-
-#include "common.h"
+#include "hopper/map.h"
 #include "ssd/kernels.cuh"
 
 namespace nam56r {
@@ -56,29 +54,12 @@ int64_t shared_bytes(const std::string& kernel) {
   STD_TORCH_CHECK(false, "ssd: there is no kernel ", kernel);
 }
 
-// A tensor as [batch, rank, token, group, column], in boxes of a chunk's rows and 64 columns, swizzled as a Tile is.
+// A tensor as [batch, rank, token, group, column], in boxes of a chunk's rows and 64 columns.
 TensorMap map_of(
     void* address, int64_t batch, int64_t rank, int64_t tokens, int64_t groups, int64_t columns, int64_t of_batch, int64_t of_rank,
     int64_t of_token, int64_t of_group, int64_t chunk) {
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    STD_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
-    STD_TORCH_CHECK(function, "ssd: the driver has no cuTensorMapEncodeTiled: install one of CUDA 12 or later");
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  }();
-  TensorMap map;
-  static_assert(sizeof(map) == sizeof(CUtensorMap));
-  const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(groups), cuuint64_t(tokens), cuuint64_t(rank), cuuint64_t(batch)};
-  // an axis of one has any stride; a map's are multiples of 16 bytes
-  const auto bytes = [](int64_t size, int64_t stride) { return size == 1 ? cuuint64_t(16) : cuuint64_t(stride * 2); };
-  const cuuint64_t strides[] = {bytes(groups, of_group), bytes(tokens, of_token), bytes(rank, of_rank), bytes(batch, of_batch)};
-  const cuuint32_t box[] = {64, 1, cuuint32_t(chunk), cuuint32_t(rank), 1}, steps[] = {1, 1, 1, 1, 1};
-  const CUresult result = encode(
-      reinterpret_cast<CUtensorMap*>(&map), CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, address, sizes, strides, box, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  STD_TORCH_CHECK(result == CUDA_SUCCESS, "ssd: cuTensorMapEncodeTiled refuses a tensor's strides (error ", int(result), ")");
-  return map;
+  return tensor_map<5>(
+      "ssd", address, {columns, groups, tokens, rank, batch}, {of_group, of_token, of_rank, of_batch}, {64, 1, chunk, rank, 1});
 }
 
 Maps maps_of(const Arguments& a, int64_t rank, int64_t d_state) {

@@ -6,7 +6,7 @@
 
 #include "ssd/arguments.cuh"
 #include "ssd/device.cuh"
-#include "ssd/wgmma.cuh"
+#include "hopper/wgmma.cuh"
 
 namespace nam56r::ssd {
 

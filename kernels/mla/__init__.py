@@ -9,6 +9,7 @@ import torch
 
 from nam56r.kernels.checks import FLOATS, Shapes, one_of
 from nam56r.kernels.mla import support  # noqa: F401  (the registry's import, which torch.compile can't trace)
+from nam56r.kernels.mla.rope import Yarn, mla_latents, mla_queries, positions_of, rope_tables  # noqa: F401
 from nam56r.kernels.registry import Problem, select
 
 

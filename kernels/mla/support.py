@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from nam56r.kernels.mla import library, reference
+from nam56r.kernels import extension
+from nam56r.kernels.mla import cuda, library, reference, rope_reference, rope_triton, triton
 from nam56r.kernels.registry import Kernel, Problem
 
 
@@ -26,8 +27,46 @@ def _library_refuses(problem: Problem) -> tuple[str, ...]:
     return tuple(reasons)
 
 
+def _cuda_refuses(problem: Problem) -> tuple[str, ...]:
+    missing = extension.missing(problem)
+    if missing:
+        return missing
+    if not cuda.REGISTERED:
+        return ("CUDA extension built from older sources, without attention: install the package again",)
+    q, device, reasons = problem["q"], problem.device, []
+    if device.capability != cuda.CAPABILITY:
+        major, minor = device.capability
+        reasons.append(f"{device.name} is sm_{major}{minor}, but the CUDA kernel takes sm_90 (H100, H200)")
+    if "90a" not in extension.archs():
+        reasons.append(f"CUDA extension built for {', '.join(extension.archs())}, but the CUDA kernel is sm_90a code")
+    if q.dtype not in cuda.DTYPES:
+        reasons.append(f"q is {q.dtype}, but the CUDA kernel takes bfloat16 or float16")
+    if problem.operator == "latent_attention":
+        latent, all_dims = problem["value_dim"], q.shape[-1]
+        dims, taken, names = (latent, all_dims - latent), cuda.ABSORBED, "L + Dr"
+    else:
+        nope, rope, value = (problem[name].shape[-1] for name in ("k_nope", "k_rope", "v"))
+        dims, taken, names = (nope, rope, value), cuda.EXPANDED, "Dn + Dr / Dv"
+    if dims not in taken:
+        shown = ", ".join(_dims(one) for one in taken)
+        reasons.append(f"{names} = {_dims(dims)}, but the CUDA kernel takes {shown}")
+    return tuple(reasons)
+
+
+def _dims(dims: tuple[int, ...]) -> str:
+    return " + ".join(map(str, dims[:2])) + "".join(f" / {d}" for d in dims[2:])
+
+
 KERNELS = (
+    Kernel("mla_attention", "cuda", cuda.mla_attention, _cuda_refuses),
     Kernel("mla_attention", "torch", library.mla_attention, _library_refuses),
+    Kernel("mla_attention", "triton", triton.mla_attention, triton.mla_refuses),
     Kernel("mla_attention", "reference", reference.mla_attention, role="development"),
+    Kernel("latent_attention", "cuda", cuda.latent_attention, _cuda_refuses),
+    Kernel("latent_attention", "triton", triton.latent_attention, triton.latent_refuses),
     Kernel("latent_attention", "reference", reference.latent_attention, role="development"),
+    Kernel("mla_queries", "triton", rope_triton.mla_queries, rope_triton.queries_refuses),
+    Kernel("mla_queries", "reference", rope_reference.mla_queries, role="development"),
+    Kernel("mla_latents", "triton", rope_triton.mla_latents, rope_triton.latents_refuses),
+    Kernel("mla_latents", "reference", rope_reference.mla_latents, role="development"),
 )

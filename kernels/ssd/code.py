@@ -72,7 +72,7 @@ def code(kernels: tuple[str, ...], shape: Shape, capability: tuple[int, int]) ->
     if built(kernels, shape, capability):
         handles = [torch.ops.nam56r.ssd_kernel(name_of(kernel, shape)) for kernel in kernels]
     else:
-        dtype = f"nam56r::ssd::{DTYPES[shape.dtype][1]}"
+        dtype = f"nam56r::{DTYPES[shape.dtype][1]}"
         numbers = ", ".join(map(str, shape[1:]))
         names = [f"nam56r::ssd::{kernel}<{dtype}, {numbers}>" for kernel in kernels]
         unit, cubin = nvrtc.compile("ssd", "kernels.cuh", names, nvrtc.arch_of(capability))

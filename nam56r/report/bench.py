@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 SLOTS = {
     "mla_attention": "A",
     "latent_attention": "A",
+    "mla_queries": "A",
+    "mla_latents": "A",
     "index_top_k": "A sparse",
     "sparse_latent_attention": "A sparse",
     "indexer_kl_loss": "A sparse",

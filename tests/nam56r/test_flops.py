@@ -53,6 +53,28 @@ def test_mla_is_what_its_products_take():
     assert (found.forward, found.backward) == (wanted.forward, wanted.backward)
 
 
+def test_mla_is_absorbed_where_that_takes_less():
+    """The same counting with the keys' weight at the queries and the values' weight behind."""
+    recipe = SMALL.with_overrides(["mla.kv_lora_rank=16"])
+    a, s, d = recipe.mla, recipe.seq_length, recipe.hidden_size
+    h, nope, rope, v, latent = a.num_heads, a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim, a.kv_lora_rank
+
+    def run(x, q_down, q_up, kv_down, up, value_up, proj):
+        q_nope, q_rope = (x @ q_down @ q_up).view(s, h, nope + rope).transpose(0, 1).split((nope, rope), -1)
+        kv = (x @ kv_down).expand(h, s, latent + rope)
+        out = (torch.cat((q_nope @ up, q_rope), -1) @ kv.mT).softmax(-1) @ kv[..., :latent]
+        return (out @ value_up).transpose(0, 1).reshape(s, h * v) @ proj
+
+    weights = (d, a.q_lora_rank), (a.q_lora_rank, h * (nope + rope)), (d, latent + rope)
+    weights += (h, nope, latent), (h, latent, v), (h * v, d)
+    found = counted(run, leaf(s, d), *(leaf(*w) for w in weights))
+    masked = flops.products(h * flops.mla_score(a)["absorbed"] * (s - flops.causal_keys(s)))
+    wanted = (flops.mla(recipe) + masked) * s
+    assert (found.forward, found.backward) == (wanted.forward, wanted.backward)
+    wide = SMALL.with_overrides(["mla.kv_lora_rank=64"]).mla
+    assert min(flops.mla_score(wide), key=flops.mla_score(wide).get) == "expanded"
+
+
 def test_the_indexer_has_weight_gradients_only():
     a, x, s, d = SMALL.mla, SMALL.dsa, SMALL.seq_length, SMALL.hidden_size
 

@@ -1,5 +1,6 @@
 """The memory estimate, against what a model keeps for its backward and against the published pains."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -61,9 +62,11 @@ def test_batch_and_sequence_and_kernels_count():
     assert estimate(longer, planned(longer, "cpu")).activations["moe"] == 2 * base.activations["moe"]
     stored = estimate(TINY, planned(TINY, "cpu", kernels={"linear_cross_entropy": "reference"}))
     assert stored.logits > base.logits
-    scores = estimate(NAM56R, planned(NAM56R, kernels={"mla_attention": "reference"}))
     fast = estimate(NAM56R, planned(NAM56R))
-    assert scores.activations["attention"] - fast.activations["attention"] > 4 * 4 * 32 * 4096**2  # fp32, 4 dense slots
+    for operator in ("latent_attention", "mla_attention"):
+        scores = estimate(NAM56R, planned(NAM56R, kernels={operator: "reference"}))
+        # fp32, 4 dense slots
+        assert scores.activations["attention"] - fast.activations["attention"] > 4 * 4 * 32 * 4096**2
 
 
 @pytest.mark.parametrize("device", ["h200", "a100"])
@@ -162,27 +165,88 @@ def test_available(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "settings", [(), ("mamba.mimo_rank=1",), ("mamba.kind=mamba2",)], ids=["mimo", "siso", "mamba2"]
+    ("settings", "kernels"),
+    [((), {}), (("mamba.mimo_rank=1",), {}), (("mamba.kind=mamba2",), {}), ((), {"mla_attention": "torch"})],
+    ids=["mimo", "siso", "mamba2", "expanded"],
 )
-def test_activations_are_what_the_model_keeps(settings):
+def test_activations_are_what_the_model_keeps(settings, kernels):
     """Bytes that autograd saves in a forward of the real model, by layer, within a third of the estimate."""
-    from nam56r.megatron.model import build_model
-    from nam56r.megatron.parallel import destroy, initialize
-
     recipe = TINY.with_overrides(["seq_length=128", *settings])
-    plan = planned(recipe, "cpu", micro_batch=2, dtype=torch.float32)
-    forget_losses()
-    initialize("cpu", seed=5)
-    try:
-        model = build_model(recipe, plan, device=torch.device("cpu"), dtype=torch.float32)
+    plan = planned(recipe, "cpu", micro_batch=2, dtype=torch.float32, kernels=kernels)
+    with built(recipe, plan) as model:
         kept = _kept(model, recipe, plan)
-    finally:
-        destroy()
     estimated = estimate(recipe, plan)
     assert estimated.weights == sum(parameter.numel() * 4 for parameter in model.parameters())
     for family in ("attention", "moe", "mamba", "m2rnn", "mtp"):
         assert estimated.activations[family] == pytest.approx(kept[family], rel=1 / 3), family
     assert sum(estimated.activations.values()) == pytest.approx(sum(kept.values()), rel=0.2)
+
+
+class Keeps(torch.autograd.Function):
+    """An operator that keeps some of its inputs, and its output and a logsumexp where it is an attention."""
+
+    @staticmethod
+    def forward(ctx, shape, kept, attends, *inputs):
+        out = inputs[0].new_empty(shape)
+        lse = [out, out.new_empty(shape[:-1], dtype=torch.float32)] if attends else []
+        ctx.save_for_backward(*(inputs[i] for i in kept), *lse)
+        return out
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("operator", ["latent_attention", "mla_attention"])
+def test_dense_attention_keeps_what_its_fast_kernels_do(operator, batch, monkeypatch):
+    recipe = TINY.with_overrides(["seq_length=128", "pattern=A", "depth=2", "dsa.ranks=[]"])
+    plan = planned(recipe, "cpu", micro_batch=batch, dtype=torch.float32, kernels={operator: "reference"})
+    attention = "nam56r.megatron.attention."
+
+    def queries(q, cos, sin, *, up, **_):
+        width = q.shape[-1] if up is None else up.shape[2] + 2 * cos.shape[1]
+        return Keeps.apply((*q.shape[:3], width), [] if up is None else [0], False, q)
+
+    def latents(q_latent, kv, *_, **__):
+        return tuple(Keeps.apply(t.shape, [0], False, t) for t in (q_latent, kv))
+
+    monkeypatch.setattr(attention + "mla_queries", queries)
+    monkeypatch.setattr(attention + "mla_latents", latents)
+    monkeypatch.setattr(
+        attention + "latent_attention",
+        lambda q, kv, *, value_dim, **_: Keeps.apply((*q.shape[:3], value_dim), [0, 1], True, q, kv),
+    )
+    monkeypatch.setattr(
+        attention + "mla_attention",
+        lambda q, k, k_rope, v, **_: Keeps.apply(v.shape, [0, 1, 2, 3], True, q, k, k_rope, v),
+    )
+    storages = {}
+
+    def pack(saved):
+        storages[saved.untyped_storage().data_ptr()] = saved.untyped_storage()
+        return saved
+
+    with built(recipe, plan) as model, torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        layer = model.decoder.layers[0].self_attention
+        layer(torch.randn(recipe.seq_length, batch, recipe.hidden_size, requires_grad=True), None)
+        for weight in layer.parameters():
+            storages.pop(weight.untyped_storage().data_ptr(), None)
+    kept = sum(storage.nbytes() for storage in storages.values())
+    slots = tuple(slot.model_copy(update={"kernels": {operator: "triton"}}) for slot in plan.slots)
+    estimated = estimate(recipe, plan.model_copy(update={"slots": slots})).activations["attention"]
+    # of a layer's two rows of the hidden size, the block's input is counted here
+    assert estimated == 2 * (kept + batch * 128 * recipe.hidden_size * 4)
+
+
+@contextmanager
+def built(recipe, plan):
+    """The model of a plan on a CPU, with Megatron's groups around it."""
+    from nam56r.megatron.model import build_model
+    from nam56r.megatron.parallel import destroy, initialize
+
+    forget_losses()
+    initialize("cpu", seed=5)
+    try:
+        yield build_model(recipe, plan, device=torch.device("cpu"), dtype=torch.float32)
+    finally:
+        destroy()
 
 
 def _kept(model, recipe, plan):

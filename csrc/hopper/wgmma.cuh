@@ -6,9 +6,9 @@
 // d's registers, and a's, are those of mma.m16n8k16: warp w of the group has the rows 16 w and on.
 #pragma once
 
-#include "ssd/device.cuh"
+#include "hopper/device.cuh"
 
-namespace nam56r::ssd {
+namespace nam56r {
 
 __device__ inline void start() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void close() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -20,6 +20,12 @@ template <int n>
 __device__ __forceinline__ void keep(unsigned (&a)[n][4]) {
 #pragma unroll
   for (int i = 0; i < n; ++i) asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3]));
+}
+// Results that products wrote, after settle: nothing reads them before.
+template <int n>
+__device__ __forceinline__ void keep(float (&d)[n][4]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3]) :: "memory");
 }
 // What ordinary stores wrote to shared memory is there for the products of threads past the next barrier.
 __device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -36,6 +42,9 @@ template <typename T, int n> struct Product;
 #define NAM56R_D128(is) \
   NAM56R_D64(is), NAM56R_D(is, 8), NAM56R_D(is, 9), NAM56R_D(is, 10), NAM56R_D(is, 11), NAM56R_D(is, 12), NAM56R_D(is, 13), \
       NAM56R_D(is, 14), NAM56R_D(is, 15)
+#define NAM56R_D192(is) \
+  NAM56R_D128(is), NAM56R_D(is, 16), NAM56R_D(is, 17), NAM56R_D(is, 18), NAM56R_D(is, 19), NAM56R_D(is, 20), NAM56R_D(is, 21), \
+      NAM56R_D(is, 22), NAM56R_D(is, 23)
 #define NAM56R_OLD(x) "+f"(x)
 #define NAM56R_NEW(x) "=&f"(x)  // what is not read isn't kept for it
 
@@ -77,12 +86,16 @@ template <typename T, int n> struct Product;
 #define NAM56R_LIST128 NAM56R_LIST64 \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
   "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAM56R_LIST192 NAM56R_LIST128 \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define NAM56R_PRODUCTS(T, type) \
   NAM56R_PRODUCT(T, type, 8, NAM56R_LIST8, "%4", "%5", "%6", "%7", "%8", "%9", "%10") \
   NAM56R_PRODUCT(T, type, 16, NAM56R_LIST16, "%8", "%9", "%10", "%11", "%12", "%13", "%14") \
   NAM56R_PRODUCT(T, type, 32, NAM56R_LIST32, "%16", "%17", "%18", "%19", "%20", "%21", "%22") \
   NAM56R_PRODUCT(T, type, 64, NAM56R_LIST64, "%32", "%33", "%34", "%35", "%36", "%37", "%38") \
-  NAM56R_PRODUCT(T, type, 128, NAM56R_LIST128, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
+  NAM56R_PRODUCT(T, type, 128, NAM56R_LIST128, "%64", "%65", "%66", "%67", "%68", "%69", "%70") \
+  NAM56R_PRODUCT(T, type, 192, NAM56R_LIST192, "%96", "%97", "%98", "%99", "%100", "%101", "%102")
 NAM56R_PRODUCTS(BFloat16, "bf16")
 NAM56R_PRODUCTS(Float16, "f16")
 
@@ -99,4 +112,4 @@ __device__ __forceinline__ void across(float (&d)[eights][4], const A& a, const 
   for (int k = 0; k < columns / 16; ++k) product_across<T>(d, a, b, k);
 }
 
-}  // namespace nam56r::ssd
+}  // namespace nam56r

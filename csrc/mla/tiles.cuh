@@ -1,0 +1,203 @@
+// What the kernels of attention share: shapes, stages of keys, the order of the work, scores.
+#pragma once
+
+#include "hopper/wgmma.cuh"
+#include "mla/arguments.cuh"
+
+namespace nam56r::mla {
+
+template <int NOPE_, int ROPE_, int VALUE_, bool SHARED_>
+struct Shape {
+  static constexpr int NOPE = NOPE_, ROPE = ROPE_, KEY = NOPE + ROPE, VALUE = VALUE_;
+  static constexpr bool SHARED = SHARED_;  // the value is the nope part of the key
+};
+
+template <class Sh, int KEYS, bool SHARED = Sh::SHARED>
+struct Stage {
+  Tile<KEYS, Sh::NOPE> nope;
+  Tile<KEYS, Sh::ROPE> rope;
+  __device__ const auto& value() const { return nope; }
+};
+template <class Sh, int KEYS>
+struct Stage<Sh, KEYS, false> {
+  Tile<KEYS, Sh::NOPE> nope;
+  Tile<KEYS, Sh::ROPE> rope;
+  Tile<KEYS, Sh::VALUE> v;
+  __device__ const auto& value() const { return v; }
+};
+
+// How the kernels are cut to a shape: warpgroups that multiply, keys or rows of a stage, stages; tiles of q.
+template <int GROUPS_, int KEYS_, int STAGES_, int QUEUE_>
+struct Forward {
+  static constexpr int GROUPS = GROUPS_, KEYS = KEYS_, STAGES = STAGES_, QUEUE = QUEUE_;
+};
+template <int GROUPS_, int KEYS_, int STAGES_>
+struct Queries {
+  static constexpr int GROUPS = GROUPS_, KEYS = KEYS_, STAGES = STAGES_;
+};
+template <int GROUPS_, int ROWS_, int STAGES_, bool HELD_>
+struct Keys {
+  static constexpr int GROUPS = GROUPS_, ROWS = ROWS_, STAGES = STAGES_;
+  static constexpr bool HELD = HELD_;  // the keys lie in registers
+};
+template <class Sh> struct By;
+template <> struct By<Shape<64, 64, 64, true>> {
+  using forward = Forward<3, 128, 4, 2>;
+  using queries = Queries<3, 64, 4>;
+  using keys = Keys<2, 64, 4, true>;
+};
+template <> struct By<Shape<64, 64, 64, false>> {
+  using forward = Forward<3, 128, 3, 1>;
+  using queries = Queries<3, 64, 4>;
+  using keys = Keys<2, 64, 4, false>;
+};
+template <> struct By<Shape<128, 64, 128, false>> {
+  using forward = Forward<3, 64, 3, 1>;
+  using queries = Queries<2, 64, 3>;
+  using keys = Keys<2, 32, 4, false>;
+};
+template <class Sh> using ForwardBy = typename By<Sh>::forward;
+template <class Sh> using QueriesBy = typename By<Sh>::queries;
+template <class Sh> using KeysBy = typename By<Sh>::keys;
+
+// Registers a thread of what multiplies and of what fetches.
+template <int GROUPS> constexpr int kMultiplying = GROUPS == 2 ? 240 : 160;
+template <int GROUPS> constexpr int kFetching = GROUPS == 2 ? 24 : 32;
+// Barriers by number: a group's turn at the tensor cores; a group's threads are at one point.
+constexpr int kTurn = 1, kGroup = 8;
+
+// The pieces of work: `each` of every head of every batch, the long ones first; `together` heads at a time, whose keys the L2
+// cache can hold. Blocks take the next one when they are ready for it, which says nothing of the results: a piece's are its own.
+struct Pieces {
+  int each, heads, together;
+  int* taken;
+
+  __device__ Pieces(const Arguments& a, int each, int* taken) : each(each), heads(a.apart * a.batch), together(a.together), taken(taken) {}
+  // By the thread that fetches: -1 when there is none left.
+  __device__ int next() const {
+    const int piece = atomicAdd(taken, 1);
+    return piece < each * heads ? piece : -1;
+  }
+  // Which of its head's pieces, and whose.
+  struct Piece {
+    int number, head;
+  };
+  __device__ Piece piece(int at) const {
+    const int first = at / (each * together) * together, count = min(together, heads - first), rest = at - each * first;
+    return {rest / count, first + rest % count};
+  }
+};
+
+// Tiles of rows as pieces, the last rows, which see most, first; and the keys that any of a tile's rows sees.
+template <int ROWS>
+struct RowTiles {
+  const Arguments& a;
+  int rows, tiles;
+  Pieces pieces;
+
+  __device__ explicit RowTiles(const Arguments& a)
+      : a(a), rows(a.queries * a.packed), tiles((rows + ROWS - 1) / ROWS), pieces(a, tiles, a.taken) {}
+  struct Place {
+    int row, head, batch;
+  };
+  __device__ Place place(int piece) const {
+    const auto of = pieces.piece(piece);
+    return {(tiles - 1 - of.number) * ROWS, of.head % a.apart, of.head / a.apart};
+  }
+  // Of a row's results among all, [B, S, H].
+  __device__ long long index(const Place& place, int row) const {
+    return ((long long)place.batch * a.queries + row / a.packed) * (a.packed * a.apart) + place.head + row % a.packed;
+  }
+  __device__ int token(int row) const { return min(row, rows - 1) / a.packed; }
+  __device__ Seen range(int row) const { return {seen_by(a, token(row)).first, seen_by(a, token(row + ROWS - 1)).end}; }
+  // How many blocks of a tile's keys any of the 64 rows from one on sees.
+  __device__ int blocks(const Seen& keys, int row, int size) const {
+    return max(0, (min(keys.end, seen_by(a, token(row + 63)).end) - keys.first + size - 1) / size);
+  }
+  // What all of the 64 rows from one on see.
+  __device__ Seen by_all(int row) const { return {seen_by(a, token(row + 63)).first, seen_by(a, token(row)).end}; }
+};
+
+// The same in every thread, and to the compiler a new value: or it makes all descriptors of a loop before it, and spills them.
+__device__ inline int anew(int x) { return __shfl_sync(~0u, x, 0); }
+
+template <int COLUMNS, class TileT>
+__device__ inline void fetch(Arrival& here, TileT& tile, const TensorMap& map, int row, int head, int batch) {
+#pragma unroll
+  for (int part = 0; part < COLUMNS / 64; ++part) here.copy_rows(&tile.x[part][0][0], &map, part * 64, row, head, batch);
+}
+
+template <class Sh, int KEYS>
+__device__ inline void fetch_keys(Arrival& here, Stage<Sh, KEYS>& stage, const Maps& maps, int key, int head, int batch) {
+  here.expect(sizeof(stage));
+  fetch<Sh::NOPE>(here, stage.nope, maps.nope, key, head, batch);
+  fetch<Sh::ROPE>(here, stage.rope, maps.rope, key, 0, batch);
+  if constexpr (!Sh::SHARED) fetch<Sh::VALUE>(here, stage.v, maps.v, key, head, batch);
+}
+
+// scores [64, KEYS] = q's rows from `row` on, times the keys
+template <typename T, class Sh, int KEYS, class Q>
+__device__ __forceinline__ void scores_of(float (&s)[KEYS / 8][4], const Q& q, int row, const Stage<Sh, KEYS>& stage) {
+#pragma unroll
+  for (int k = 0; k < Sh::KEY / 16; ++k) {
+    const auto a = q.descriptor(row, k * 16);
+    const auto b = k * 16 < Sh::NOPE ? stage.nope.descriptor(0, k * 16) : stage.rope.descriptor(0, k * 16 - Sh::NOPE);
+    if (k) Product<T, KEYS>::template shared<kAcross>(s, a, b);
+    else Product<T, KEYS>::template shared<kAcross, 0>(s, a, b);
+  }
+}
+
+// dP [64, KEYS] = dout's rows from `row` on, times the values
+template <typename T, class Sh, int KEYS, class D>
+__device__ __forceinline__ void dP_of(float (&d)[KEYS / 8][4], const D& dout, int row, const Stage<Sh, KEYS>& stage) {
+#pragma unroll
+  for (int k = 0; k < Sh::VALUE / 16; ++k) {
+    const auto a = dout.descriptor(row, k * 16), b = stage.value().descriptor(0, k * 16);
+    if (k) Product<T, KEYS>::template shared<kAcross>(d, a, b);
+    else Product<T, KEYS>::template shared<kAcross, 0>(d, a, b);
+  }
+}
+
+// held [64, n] bf16 from fp32 accumulators, as an A operand
+template <typename T, int n>
+__device__ __forceinline__ void pack(unsigned (&held)[n / 2][4], const float (&x)[n][4]) {
+#pragma unroll
+  for (int c = 0; c < n / 2; ++c)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float* from = &x[2 * c + e / 2][e % 2 * 2];
+      held[c][e] = Pair<T>::pack(from[0], from[1]);
+    }
+}
+
+// d [64, COLUMNS] += held [64, DEPTH] tile [DEPTH, COLUMNS], into d's columns from `column` on
+template <typename T, int COLUMNS, int DEPTH, int n, class TileT>
+__device__ __forceinline__ void add_rows(float (&d)[n][4], const unsigned (&held)[DEPTH / 16][4], const TileT& tile, int column = 0) {
+#pragma unroll
+  for (int c = 0; c < DEPTH / 16; ++c)
+    Product<T, COLUMNS>::template held<kAlong>(reinterpret_cast<float(&)[COLUMNS / 8][4]>(d[column / 8]), held[c], tile.descriptor(c * 16, 0));
+}
+
+// A group's rows of a result [64, COLUMNS] leave through its rows of a tile, which are free again afterwards.
+template <typename T, int COLUMNS, int n, class TileT>
+__device__ __forceinline__ void store_group(TileT& tile, const float (&x)[n][4], const TensorMap& map, int group, int row, int head, int batch, int column = 0) {
+#pragma unroll
+  for (int i = 0; i < COLUMNS / 16; ++i) {
+    unsigned o[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float* from = &x[column / 8 + 2 * i + e / 2][e % 2 * 2];
+      o[e] = Pair<T>::pack(from[0], from[1]);
+    }
+    tile.put_rows(o, group * 64 + threadIdx.x % 128 / 32 * 16, i * 16);
+  }
+  publish();
+  wait_at(kGroup + group, 128);
+  if (threadIdx.x % 128 == 0) {
+#pragma unroll
+    for (int part = 0; part < COLUMNS / 64; ++part) store_rows(&map, &tile.x[part][group * 64][0], part * 64, row + group * 64, head, batch);
+    wait_stores();
+  }
+}
+
+}  // namespace nam56r::mla

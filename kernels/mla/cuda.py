@@ -1,0 +1,65 @@
+"""The binding to csrc/mla: what it takes, shapes for tracing, and the gradients of both forms.
+
+It is made of wgmma and TMA, so it runs on compute capability 9.0 only, from code that the extension holds. The operator
+mla_forward serves both forms: absorbed with k = kv, whose first columns are the value, and no k_rope and v.
+
+Memory: forward keeps out and lse. Backward takes 8 bytes a query and head; absorbed, partial sums of dkv in fp32, 34 MiB
+or one of dkv's size; expanded, the rope key's gradient of every head in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from nam56r.kernels import extension
+
+DTYPES = (torch.bfloat16, torch.float16)
+ABSORBED = ((64, 64),)  # L, Dr
+EXPANDED = ((64, 64, 64), (128, 64, 128))  # Dn, Dr, Dv
+CAPABILITY = (9, 0)
+REGISTERED = extension.has("mla_forward", "mla_backward")
+
+
+def latent_attention(q, kv, *, value_dim, scale, causal, cu_seqlens, query_offset, return_lse):
+    """See `nam56r.kernels.mla.latent_attention`."""
+    out, lse = torch.ops.nam56r.mla_forward(q, kv, None, None, cu_seqlens, scale, causal, query_offset)
+    return (out, lse) if return_lse else out
+
+
+def mla_attention(q, k_nope, k_rope, v, *, scale, causal, cu_seqlens, query_offset, return_lse):
+    """See `nam56r.kernels.mla.mla_attention`."""
+    out, lse = torch.ops.nam56r.mla_forward(q, k_nope, k_rope, v, cu_seqlens, scale, causal, query_offset)
+    return (out, lse) if return_lse else out
+
+
+def _forward_shapes(q, k, k_rope, v, cu_seqlens, scale, causal, query_offset):
+    value = k.shape[-1] // 2 if v is None else v.shape[-1]
+    return q.new_empty((*q.shape[:3], value)), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _save(ctx, inputs, output):
+    q, k, k_rope, v, cu_seqlens, *ctx.options = inputs
+    ctx.save_for_backward(q, k, k_rope, v, *output, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _backward(ctx, dout, dlse):
+    if dout is None and dlse is None:
+        return (None,) * 8
+    q, k, k_rope, v, out, lse, cu_seqlens = ctx.saved_tensors
+    dq, dk, dk_rope, dv = torch.ops.nam56r.mla_backward(dout, dlse, q, k, k_rope, v, out, lse, cu_seqlens, *ctx.options)
+    if v is None:
+        dk_rope = dv = None
+    return dq, dk, dk_rope, dv, None, None, None, None
+
+
+def _backward_shapes(dout, dlse, q, k, k_rope, v, out, lse, cu_seqlens, scale, causal, query_offset):
+    return tuple(q.new_empty(0 if t is None else t.shape) for t in (q, k, k_rope, v))
+
+
+if REGISTERED:
+    torch.library.register_fake("nam56r::mla_forward", _forward_shapes)
+    torch.library.register_fake("nam56r::mla_backward", _backward_shapes)
+    torch.library.register_autograd("nam56r::mla_forward", _backward, setup_context=_save)

@@ -1,0 +1,548 @@
+"""RoPE, down-projection norms and the absorbed key up-projection of MLA in Triton, forward and backward.
+
+    turn_kernel         queries without up: copies nope, turns rope; one program is one token and up to 64 heads
+    absorb_kernel       queries with up: q_nope · up[h] on the tensor cores; one program is 64 or 128 tokens, 4 heads
+    up_gradient_kernel  d_up[h] = q_nopeᵀ d_out: one program is a tile of up and a split of the tokens
+    latents_kernel      both norms and the key's rope; one program is a tile of tokens, whole rows
+    latents_gradient_kernel
+
+The backward of a turn is the turn by −angle with input and output exchanged, so the first two kernels serve it too.
+Bound: memory; every element is read and written once, but for up, which the caches serve, and d_out, which d_up reads
+once more. A row is loaded whole and its pairs are split in registers. Weights' gradients are fp32 partial sums, one a
+program, that are then added in one order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from nam56r.kernels import triton_runtime
+from nam56r.kernels.registry import Problem
+
+COUNTS = ("S", "H", "P", "tiles", "total", "run", "programs")  # arguments whose values no code depends on
+
+
+@triton.jit
+def angles(cos, sin, positions, token, inside, P, PAIRS: tl.constexpr, HALF: tl.constexpr):
+    """cos and sin [T, HALF] of tokens [T]; NaN for a position outside the tables."""
+    if positions is None:
+        place = token
+    else:
+        place = tl.load(positions + token, mask=inside, other=0)
+    pair = tl.arange(0, HALF)[None, :]
+    here = (inside & (place >= 0) & (place < P))[:, None] & (pair < PAIRS)
+    at = place.to(tl.int64)[:, None] * PAIRS + pair
+    return tl.load(cos + at, mask=here, other=float("nan")), tl.load(sin + at, mask=here, other=float("nan"))
+
+
+@triton.jit
+def turn(
+    x, out, inside, cos, sin,
+    PAIRS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """Turn PAIRS pairs at x [R, 1] by cos, sin [R or 1, HALF] and store them at out [R, 1]; inside [R, 1] masks rows.
+
+    Pairs are halves of the output, and of the input unless INTERLEAVED; with BACK input and output change places.
+    """
+    pair = tl.arange(0, HALF)[None, :]
+    column = tl.arange(0, 2 * HALF)[None, :]
+    half = inside & (pair < PAIRS)
+    whole = inside & (column < 2 * PAIRS)
+    if INTERLEAVED and not BACK:
+        both = tl.load(x + column, mask=whole, other=0.0)
+        first, second = tl.split(tl.reshape(both, [both.shape[0], HALF, 2]))
+    else:
+        first = tl.load(x + pair, mask=half, other=0.0)
+        second = tl.load(x + PAIRS + pair, mask=half, other=0.0)
+    first, second = first.to(tl.float32), second.to(tl.float32)
+    if BACK:
+        sin = -sin
+    left = (first * cos - second * sin).to(out.dtype.element_ty)
+    right = (second * cos + first * sin).to(out.dtype.element_ty)
+    if INTERLEAVED and BACK:
+        joined = tl.join(left, right)
+        tl.store(out + column, tl.reshape(joined, [joined.shape[0], 2 * HALF]), mask=whole)
+    else:
+        tl.store(out + pair, left, mask=half)
+        tl.store(out + PAIRS + pair, right, mask=half)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def turn_kernel(
+    x, out, cos, sin, positions,
+    x_at, out_at,  # strides
+    S, H, P, NOPE: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BACK: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """x, out [B, S, H, NOPE + 2 PAIRS]."""
+    row, token = tl.program_id(0) // S, tl.program_id(0) % S
+    head = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
+    inside = head < H
+    x += row.to(tl.int64) * x_at[0] + token.to(tl.int64) * x_at[1] + head.to(tl.int64) * x_at[2]
+    out += row.to(tl.int64) * out_at[0] + token.to(tl.int64) * out_at[1] + head.to(tl.int64) * out_at[2]
+    token += tl.arange(0, 1)
+    c, s = angles(cos, sin, positions, token, token < S, P, PAIRS, HALF)
+    if NOPE:
+        column = tl.arange(0, BLOCK_N)[None, :]
+        here = inside & (column < NOPE)
+        tl.store(out + column, tl.load(x + column, mask=here), mask=here)
+    turn(x + NOPE, out + NOPE, inside, c, s, PAIRS, HALF, INTERLEAVED, BACK)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def absorb_kernel(
+    x, up, out, cos, sin, positions,
+    x_at, up_at, out_at,  # strides; up's are [H, K, N]
+    S, H, P, tiles, K: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BACK: tl.constexpr, HEADS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    HALF: tl.constexpr,
+):  # fmt: skip
+    """x [B, S, H, K + 2 PAIRS] to out [B, S, H, N + 2 PAIRS]; forward K is Dn and N is L, backward the reverse."""
+    groups = tl.cdiv(H, HEADS)
+    group, tile = tl.program_id(0) % groups, tl.program_id(0) // groups
+    row, tile = tile // tiles, tile % tiles
+    token = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = token < S
+    c, s = angles(cos, sin, positions, token, inside, P, PAIRS, HALF)
+    x += row.to(tl.int64) * x_at[0] + token.to(tl.int64)[:, None] * x_at[1]
+    out += row.to(tl.int64) * out_at[0] + token.to(tl.int64)[:, None] * out_at[1]
+    for number in range(HEADS):
+        head = group * HEADS + number
+        real, of_head = head < H, head.to(tl.int64)
+        here = inside[:, None] & real
+        x_head, up_head, out_head = x + of_head * x_at[2], up + of_head * up_at[0], out + of_head * out_at[2]
+        for first in range(0, N, BLOCK_N):
+            n = first + tl.arange(0, BLOCK_N)[None, :]
+            total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+            for begin in range(0, K, BLOCK_K):
+                k = begin + tl.arange(0, BLOCK_K)
+                own = tl.load(x_head + k[None, :], mask=here & (k[None, :] < K), other=0.0)
+                k = k[:, None]
+                weight = tl.load(up_head + k * up_at[1] + n * up_at[2], mask=real & (k < K) & (n < N), other=0.0)
+                total = tl.dot(own, weight, total, input_precision="ieee")
+            tl.store(out_head + n, total.to(out.dtype.element_ty), mask=here & (n < N))
+        turn(x_head + K, out_head + N, here, c, s, PAIRS, HALF, INTERLEAVED, BACK)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def up_gradient_kernel(
+    q, d_out, partial,
+    q_at, d_at,  # strides
+    S, H, tiles, total, run, K: tl.constexpr, N: tl.constexpr, RUN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """partial [splits, H, K, N] of q [B, S, H, K + …], d_out [B, S, H, N + …]; a split is run tiles of tokens,
+    a multiple of RUN."""
+    head, split = tl.program_id(0) % H, tl.program_id(0) // H
+    columns = tl.cdiv(N, BLOCK_N)
+    k = tl.program_id(1) // columns * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    n = tl.program_id(1) % columns * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    q += head.to(tl.int64) * q_at[2]
+    d_out += head.to(tl.int64) * d_at[2]
+    sums = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
+    done = 0
+    while done < run:
+        for number in range(RUN):
+            tile = split * run + done + number
+            row = (tile // tiles).to(tl.int64)
+            token = (tile % tiles * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
+            inside, place = (token < S) & (tile < total), token.to(tl.int64)
+            own = tl.load(q + row * q_at[0] + place * q_at[1] + k, mask=inside & (k < K), other=0.0)
+            gradient = tl.load(d_out + row * d_at[0] + place * d_at[1] + n, mask=inside & (n < N), other=0.0)
+            sums = tl.dot(tl.trans(own), gradient, sums, input_precision="ieee")
+        done += RUN
+    at = (split.to(tl.int64) * H + head) * K * N + tl.trans(k) * N + n
+    tl.store(partial + at, sums.to(partial.dtype.element_ty), mask=(tl.trans(k) < K) & (n < N))
+
+
+@triton.jit
+def norm(x, weight, out, inside, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """out = x / rms(x) · weight for the rows x, out [T, 1]; a copy without weight."""
+    column = tl.arange(0, BLOCK)[None, :]
+    here = inside & (column < WIDTH)
+    t = tl.load(x + column, mask=here, other=0.0)
+    if weight is not None:
+        t = t.to(tl.float32)
+        factor = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        t = t * tl.rsqrt(tl.sum(t * t, 1) / WIDTH + eps)[:, None] * factor
+    tl.store(out + column, t.to(out.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def norm_gradient(x, weight, d_out, d_x, d_weight, inside, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """d_x of the rows; gives d_weight [T, BLOCK] with these rows' part added."""
+    column = tl.arange(0, BLOCK)[None, :]
+    here = inside & (column < WIDTH)
+    d = tl.load(d_out + column, mask=here, other=0.0)
+    if weight is not None:
+        d = d.to(tl.float32)
+        t = tl.load(x + column, mask=here, other=0.0).to(tl.float32)
+        factor = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(t * t, 1) / WIDTH + eps)[:, None]
+        t *= rstd
+        d_weight += d * t
+        d *= factor
+        d = rstd * (d - t * (tl.sum(d * t, 1) / WIDTH)[:, None])
+    tl.store(d_x + column, d.to(d_x.dtype.element_ty), mask=here)
+    return d_weight
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def latents_kernel(
+    q, kv, q_weight, kv_weight, cos, sin, positions, q_out, kv_out,
+    q_at, kv_at,  # strides
+    S, P, tiles, eps, LQ: tl.constexpr, L: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_L: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    token = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = token < S
+    c, s = angles(cos, sin, positions, token, inside, P, PAIRS, HALF)
+    row, place, inside = row.to(tl.int64), token.to(tl.int64)[:, None], inside[:, None]
+    at = row * S + place  # of the outputs' rows
+    if q is not None:
+        norm(q + row * q_at[0] + place * q_at[1], q_weight, q_out + at * LQ, inside, eps, LQ, BLOCK_Q)
+    kv += row * kv_at[0] + place * kv_at[1]
+    kv_out += at * (L + 2 * PAIRS)
+    if L:
+        norm(kv, kv_weight, kv_out, inside, eps, L, BLOCK_L)
+    turn(kv + L, kv_out + L, inside, c, s, PAIRS, HALF, INTERLEAVED, False)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def latents_gradient_kernel(
+    q, kv, q_weight, kv_weight, cos, sin, positions, d_q_out, d_kv_out, d_q, d_kv, partial,
+    q_at, kv_at, d_q_out_at, d_kv_out_at, d_q_at, d_kv_at,  # strides
+    S, P, tiles, total, programs, eps, LQ: tl.constexpr, L: tl.constexpr, PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_L: tl.constexpr,
+    HALF: tl.constexpr,
+):  # fmt: skip
+    """partial [programs, LQ + L]: q_weight's and kv_weight's gradients from every programs-th tile of tokens."""
+    q_sums = tl.zeros([BLOCK_T, BLOCK_Q], tl.float32)
+    kv_sums = tl.zeros([BLOCK_T, BLOCK_L], tl.float32)
+    number = tl.program_id(0)
+    while number < total:
+        row = (number // tiles).to(tl.int64)
+        token = number % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+        inside = token < S
+        c, s = angles(cos, sin, positions, token, inside, P, PAIRS, HALF)
+        place, inside = token.to(tl.int64)[:, None], inside[:, None]
+        if q is not None:
+            q_sums = norm_gradient(
+                q + row * q_at[0] + place * q_at[1], q_weight, d_q_out + row * d_q_out_at[0] + place * d_q_out_at[1],
+                d_q + row * d_q_at[0] + place * d_q_at[1], q_sums, inside, eps, LQ, BLOCK_Q,
+            )  # fmt: skip
+        d_in = d_kv_out + row * d_kv_out_at[0] + place * d_kv_out_at[1]
+        d = d_kv + row * d_kv_at[0] + place * d_kv_at[1]
+        if L:
+            x = kv
+            if kv is not None:
+                x += row * kv_at[0] + place * kv_at[1]
+            kv_sums = norm_gradient(x, kv_weight, d_in, d, kv_sums, inside, eps, L, BLOCK_L)
+        turn(d_in + L, d + L, inside, c, s, PAIRS, HALF, INTERLEAVED, True)
+        number += programs
+    partial += tl.program_id(0).to(tl.int64) * (LQ + L)
+    if q is not None:
+        column = tl.arange(0, BLOCK_Q)
+        tl.store(partial + column, tl.sum(q_sums, 0), mask=column < LQ)
+    if kv_weight is not None:
+        column = tl.arange(0, BLOCK_L)
+        tl.store(partial + LQ + column, tl.sum(kv_sums, 0), mask=column < L)
+
+
+_HALF = (torch.bfloat16, torch.float16)
+_SPLITS, _RUN = 256, 8  # up's gradient: programs aimed at, and tiles of tokens that are pipelined together
+_PROGRAMS = 512  # of the norms' gradients, each with partial sums of its own
+
+
+def _products(K: int, N: int, dtype: torch.dtype) -> tuple[tuple[int, int, int], int, int]:
+    """Tokens, K and N of a tile of absorb_kernel and up_gradient_kernel; their warps; the stages of the first."""
+    if dtype not in _HALF:
+        tokens, k, n, warps, stages = 64, 32, 64, 8, 1
+    elif max(K, N) <= 64:
+        tokens, k, n, warps, stages = 64, 64, 64, 4, 2  # 128 registers: four programs a processor
+    else:
+        tokens, k, n, warps, stages = 128, 64, 128, 8, 2
+    return (tokens, min(k, triton.next_power_of_2(K)), min(n, triton.next_power_of_2(N))), warps, stages
+
+
+def _rows(count: int, *widths: int) -> tuple[int, int]:
+    """How many of count rows of such blocks a program holds, for 32 elements a thread in 4 warps; and its warps."""
+    width = triton.next_power_of_2(sum(widths))
+    rows = min(64, triton.next_power_of_2(count), max(1, 4096 // width))
+    return rows, min(16, max(1, rows * width // 1024))
+
+
+def _dense(t: torch.Tensor) -> torch.Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _gradient(t: torch.Tensor, width: int, sequence_first: bool) -> torch.Tensor:
+    """Where a gradient [B, S, …, width] goes, with t's dtype and other sizes, laid as its activation is."""
+    B, S, *heads, _ = t.shape
+    if sequence_first:
+        return t.new_empty(S, B, *heads, width).transpose(0, 1)
+    return t.new_empty(B, S, *heads, width)
+
+
+def _sequence_first(t: torch.Tensor) -> bool:
+    """Whether t [B, S, …] is a [S, B, …], as Megatron's activations are, seen transposed."""
+    return t.stride(0) < t.stride(1)
+
+
+def _turned(x, up, out, cos, sin, positions, interleaved, back):
+    """out [B, S, H, .] from x by turn_kernel, or by absorb_kernel with up [H, K, N]."""
+    B, S, H, width = x.shape
+    P, pairs = cos.shape
+    x, half = _dense(x), triton.next_power_of_2(pairs)
+    with torch.cuda.device_of(x):
+        if up is None:
+            nope = width - 2 * pairs
+            block = triton.next_power_of_2(max(1, nope))
+            heads, warps = _rows(H, block, 2 * half)
+            turn_kernel[B * S, triton.cdiv(H, heads)](
+                x, out, cos, sin, positions, x.stride(), out.stride(), S, H, P,
+                nope, pairs, interleaved, back, heads, block, half, num_warps=warps,
+            )  # fmt: skip
+        else:
+            _, K, N = up.shape
+            (tokens, k, n), warps, stages = _products(K, N, x.dtype)
+            tiles, heads = triton.cdiv(S, tokens), 4
+            absorb_kernel[(B * tiles * triton.cdiv(H, heads),)](
+                x, up, out, cos, sin, positions, x.stride(), up.stride(), out.stride(), S, H, P, tiles,
+                K, N, pairs, interleaved, back, heads, tokens, k, n, half, num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+    return out
+
+
+def _queries_shape(q, cos, sin, up, positions, interleaved):
+    width = q.shape[3] if up is None else up.shape[2] + 2 * cos.shape[1]
+    return q.new_empty(*q.shape[:3], width)
+
+
+def _queries(q, cos, sin, up, positions, interleaved):
+    out = _queries_shape(q, cos, sin, up, positions, interleaved)
+    return _turned(q, up, out, cos, sin, positions, interleaved, False) if out.numel() else out
+
+
+def _queries_gradient_shapes(d_out, q, cos, sin, up, positions, interleaved, sequence_first):
+    width = d_out.shape[3] if up is None else up.shape[1] + 2 * cos.shape[1]
+    d_q = _gradient(d_out, width, sequence_first)
+    return d_q, d_out.new_empty(up.shape) if q is not None else d_out.new_empty(0)
+
+
+def _queries_gradient(d_out, q, cos, sin, up, positions, interleaved, sequence_first):
+    d_q, d_up = _queries_gradient_shapes(d_out, q, cos, sin, up, positions, interleaved, sequence_first)
+    if not d_out.numel():
+        return d_q, d_up.zero_()
+    d_out = _dense(d_out)
+    _turned(d_out, None if up is None else up.mT, d_q, cos, sin, positions, interleaved, True)
+    if q is None:
+        return d_q, d_up
+    (B, S, H, _), (_, K, N), q = q.shape, up.shape, _dense(q)
+    (_, k, n), warps, _ = _products(K, N, q.dtype)
+    tokens = 64
+    tiles, columns = triton.cdiv(S, tokens), triton.cdiv(K, k) * triton.cdiv(N, n)
+    total = B * tiles
+    run = _RUN * triton.cdiv(total, _RUN * triton.cdiv(_SPLITS, H * columns))
+    splits = triton.cdiv(total, run)
+    partial = d_up.unsqueeze(0) if splits == 1 else q.new_empty(splits, H, K, N, dtype=torch.float32)
+    with torch.cuda.device_of(q):
+        up_gradient_kernel[H * splits, columns](
+            q, d_out, partial, q.stride(), d_out.stride(), S, H, tiles, total, run,
+            K, N, _RUN, tokens, k, n, num_warps=warps, num_stages=4,
+        )  # fmt: skip
+    return d_q, d_up if splits == 1 else partial.sum(0).to(q.dtype)
+
+
+def _latents_shapes(q_latent, kv, cos, sin, q_weight, kv_weight, eps, positions, interleaved):
+    return kv.new_empty(0 if q_latent is None else q_latent.shape), kv.new_empty(kv.shape)
+
+
+def _latents_blocks(q_width: int, width: int, pairs: int) -> tuple[tuple[int, int, int, int], int]:
+    """Tokens, and columns of q_latent, latent and half the rope key, of a program's tile; its warps."""
+    q_block, block, half = (triton.next_power_of_2(max(1, t)) for t in (q_width, width, pairs))
+    tokens, warps = _rows(64, q_block, block, 2 * half)
+    return (tokens, q_block, block, half), warps
+
+
+def _latents(q_latent, kv, cos, sin, q_weight, kv_weight, eps, positions, interleaved):
+    q_out, kv_out = _latents_shapes(q_latent, kv, cos, sin, q_weight, kv_weight, eps, positions, interleaved)
+    if not kv.numel():
+        return q_out, kv_out
+    (B, S, width), (P, pairs) = kv.shape, cos.shape
+    q, kv, latent = None if q_latent is None else _dense(q_latent), _dense(kv), width - 2 * pairs
+    q_width = 0 if q is None else q.shape[2]
+    blocks, warps = _latents_blocks(q_width, latent, pairs)
+    tiles = triton.cdiv(S, blocks[0])
+    with torch.cuda.device_of(kv):
+        latents_kernel[(B * tiles,)](
+            q, kv, q_weight, kv_weight, cos, sin, positions, q_out, kv_out,
+            (0, 0, 0) if q is None else q.stride(), kv.stride(),
+            S, P, tiles, eps, q_width, latent, pairs, interleaved, *blocks, num_warps=warps,
+        )  # fmt: skip
+    return q_out, kv_out
+
+
+def _latents_gradient_shapes(
+    d_q_out, d_kv_out, q_latent, kv, cos, sin, q_weight, kv_weight, eps, positions, interleaved, q_first, kv_first
+):
+    d_q = d_q_out.new_empty(0) if q_latent is None else _gradient(d_q_out, d_q_out.shape[2], q_first)
+    weights = (d_q_out.new_empty(0) if w is None else torch.empty_like(w) for w in (q_weight, kv_weight))
+    return d_q, _gradient(d_kv_out, d_kv_out.shape[2], kv_first), *weights
+
+
+def _latents_gradient(
+    d_q_out, d_kv_out, q_latent, kv, cos, sin, q_weight, kv_weight, eps, positions, interleaved, q_first, kv_first
+):
+    gradients = _latents_gradient_shapes(
+        d_q_out, d_kv_out, q_latent, kv, cos, sin, q_weight, kv_weight, eps, positions, interleaved, q_first, kv_first
+    )
+    if not d_kv_out.numel():
+        return tuple(t.zero_() for t in gradients)
+    d_q, d_kv, d_q_weight, d_kv_weight = gradients
+    q, kv = (None if t is None else _dense(t) for t in (q_latent, kv))
+    d_q_out, d_kv_out = _dense(d_q_out), _dense(d_kv_out)
+    (B, S, width), (P, pairs) = d_kv_out.shape, cos.shape
+    q_width, latent = 0 if q is None else q.shape[2], width - 2 * pairs
+    blocks, warps = _latents_blocks(q_width, latent, pairs)
+    tiles = triton.cdiv(S, blocks[0])
+    programs = min(B * tiles, _PROGRAMS)
+    partial = d_kv.new_empty(programs, q_width + latent, dtype=torch.float32)
+    at = [(0, 0, 0) if t is None or t.ndim != 3 else t.stride() for t in (q, kv, d_q_out, d_kv_out, d_q, d_kv)]
+    with torch.cuda.device_of(d_kv):
+        latents_gradient_kernel[(programs,)](
+            q, kv, q_weight, kv_weight, cos, sin, positions, d_q_out, d_kv_out, d_q, d_kv, partial, *at,
+            S, P, tiles, B * tiles, programs, eps, q_width, latent, pairs, interleaved, *blocks, num_warps=warps,
+        )  # fmt: skip
+    if q_weight is not None:
+        d_q_weight.copy_(partial[:, :q_width].sum(0))
+    if kv_weight is not None:
+        d_kv_weight.copy_(partial[:, q_width:].sum(0))
+    return d_q, d_kv, d_q_weight, d_kv_weight
+
+
+class _Queries(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, cos, sin, up, positions, interleaved):
+        ctx.options = interleaved, _sequence_first(q)
+        kept = q if up is not None and ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(kept, cos, sin, up, positions)
+        return _below("mla_queries", q, cos, sin, up, positions, interleaved)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        d_q, d_up = torch.ops.nam56r.mla_queries_backward(d_out, *ctx.saved_tensors, *ctx.options)
+        return d_q, None, None, d_up if ctx.needs_input_grad[3] else None, None, None
+
+
+class _Latents(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_latent, kv, cos, sin, q_weight, kv_weight, eps, positions, interleaved):
+        ctx.options = interleaved, q_latent is not None and _sequence_first(q_latent), _sequence_first(kv)
+        ctx.eps = eps
+        kept = None if kv_weight is None else kv
+        ctx.save_for_backward(q_latent, kept, cos, sin, q_weight, kv_weight, positions)
+        return _below("mla_latents", q_latent, kv, cos, sin, q_weight, kv_weight, eps, positions, interleaved)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_q_out, d_kv_out):
+        *tensors, positions = ctx.saved_tensors
+        q_latent, _, _, _, q_weight, kv_weight = tensors
+        d_q, d_kv, d_q_weight, d_kv_weight = torch.ops.nam56r.mla_latents_backward(
+            d_q_out, d_kv_out, *tensors, ctx.eps, positions, *ctx.options
+        )
+        d_q, d_q_weight = (None if q_weight is None else t for t in (d_q, d_q_weight))
+        return d_q, d_kv, None, None, d_q_weight, None if kv_weight is None else d_kv_weight, None, None, None
+
+
+def _below(operator, *inputs):
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.nam56r, operator).default(*inputs)
+
+
+def _autograd(operator, function):
+    def call(*inputs):
+        save = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs)
+        return function.apply(*inputs) if save else _below(operator, *inputs)
+
+    return call
+
+
+_SCHEMAS = (
+    "mla_queries(Tensor q, Tensor cos, Tensor sin, Tensor? up, Tensor? positions, bool interleaved) -> Tensor",
+    "mla_queries_backward(Tensor d_out, Tensor? q, Tensor cos, Tensor sin, Tensor? up, Tensor? positions, "
+    "bool interleaved, bool sequence_first) -> (Tensor d_q, Tensor d_up)",
+    "mla_latents(Tensor? q_latent, Tensor kv, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? kv_weight, float eps, "
+    "Tensor? positions, bool interleaved) -> (Tensor q_out, Tensor kv_out)",
+    "mla_latents_backward(Tensor d_q_out, Tensor d_kv_out, Tensor? q_latent, Tensor? kv, Tensor cos, Tensor sin, "
+    "Tensor? q_weight, Tensor? kv_weight, float eps, Tensor? positions, bool interleaved, bool q_first, bool kv_first) "
+    "-> (Tensor d_q, Tensor d_kv, Tensor d_q_weight, Tensor d_kv_weight)",
+)
+# not torch.library.custom_op and register_autograd, whose wrappers cost more on the host than the launches
+_LIBRARY = torch.library.Library("nam56r", "FRAGMENT")
+for _schema in _SCHEMAS:
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+for _name, _run, _shapes in (
+    ("mla_queries", _queries, _queries_shape),
+    ("mla_queries_backward", _queries_gradient, _queries_gradient_shapes),
+    ("mla_latents", _latents, _latents_shapes),
+    ("mla_latents_backward", _latents_gradient, _latents_gradient_shapes),
+):
+    for _key in ("CUDA", "CPU"):  # CPU: Triton's interpreter
+        _LIBRARY.impl(_name, _run, _key)
+    torch.library.register_fake(f"nam56r::{_name}", _shapes, lib=_LIBRARY)
+_LIBRARY.impl("mla_queries", _autograd("mla_queries", _Queries), "Autograd")
+_LIBRARY.impl("mla_latents", _autograd("mla_latents", _Latents), "Autograd")
+
+
+def _contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+def mla_queries(q, cos, sin, *, up=None, positions=None, interleaved=True):
+    """See `nam56r.kernels.mla.mla_queries`."""
+    cos, sin, positions = _contiguous(cos, sin, positions)
+    return torch.ops.nam56r.mla_queries(q, cos, sin, up, positions, interleaved)
+
+
+def mla_latents(q_latent, kv, cos, sin, *, q_weight=None, kv_weight=None, eps=1e-6, positions=None, interleaved=True):
+    """See `nam56r.kernels.mla.mla_latents`."""
+    cos, sin, positions, q_weight, kv_weight = _contiguous(cos, sin, positions, q_weight, kv_weight)
+    normed = None if q_weight is None else q_latent
+    q_out, kv_out = torch.ops.nam56r.mla_latents(normed, kv, cos, sin, q_weight, kv_weight, eps, positions, interleaved)
+    return q_latent if normed is None else q_out, kv_out
+
+
+def queries_refuses(problem: Problem) -> tuple[str, ...]:
+    """Why mla_queries can't run here."""
+    q, up, rope = problem["q"], problem["up"], 2 * problem["cos"].shape[1]
+    reasons = [*triton_runtime.reason(problem), *_double("q", q.dtype)]
+    if up is not None:
+        for name, size in (("Dn", up.shape[1]), ("L", up.shape[2]), ("Dr", rope)):
+            if size % 16 or not 16 <= size <= 1024:
+                reasons.append(f"{name} = {size}, but with up the Triton kernel takes multiples of 16 up to 1024")
+    elif q.shape[3] > 4096:
+        reasons.append(f"Dn + Dr = {q.shape[3]}, but the Triton kernel takes up to 4096")
+    return tuple(reasons)
+
+
+def latents_refuses(problem: Problem) -> tuple[str, ...]:
+    """Why mla_latents can't run here."""
+    kv, q_latent = problem["kv"], problem["q_latent"]
+    reasons = [*triton_runtime.reason(problem), *_double("kv", kv.dtype)]
+    for name, spec in (("L + Dr", kv), ("Lq", q_latent)):
+        if spec is not None and spec.shape[2] > 8192:
+            reasons.append(f"{name} = {spec.shape[2]}, but the Triton kernel takes up to 8192")
+    return tuple(reasons)
+
+
+def _double(name: str, dtype: torch.dtype) -> tuple[str, ...]:
+    if dtype != torch.float64:
+        return ()
+    return (f"{name} is torch.float64, but the Triton kernel takes bfloat16, float16 or float32",)

@@ -1,0 +1,285 @@
+"""Latent and expanded attention in Triton, from sm_80 on, for any head dims up to 512: operators, launches, sizes.
+
+One set of kernels serves both forms (triton_forward.py and triton_backward.py say how); no key or value is expanded or
+concatenated in memory. fp32 is true fp32, without tensor cores, for checks rather than speed. Packed sequences are one
+long row, of which each token knows where its sequence begins and ends.
+
+Memory beside inputs, outputs and gradients: 4 bytes a row (head and token) for exponent, in the backward as much for
+delta; and where the gradient of what all heads share is made in several parts, these in fp32: latent,
+parts · B · T · (L + Dr), for short inputs only; expanded, parts · B · T · Dr, one part for every EACH heads, EACH as
+large as leaves each processor four programs. The number of parts is decided from shapes and the device's number of
+processors, so bits repeat on one kind of device.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+from torch.autograd.function import once_differentiable
+
+from nam56r.kernels import triton_runtime
+from nam56r.kernels.mla.triton_backward import delta_kernel, keys_kernel, queries_kernel
+from nam56r.kernels.mla.triton_forward import forward_kernel
+from nam56r.kernels.registry import Device, Problem
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+NARROW, WIDEST = 128, 512  # nope and value dims: up to 128, and up to 512, where the features of dk and dv are halved
+ROPE = {NARROW: 128, WIDEST: 64}  # the largest rope dim beside them
+LARGE = (9, 0)  # Hopper, with 227 KiB of shared memory a block; the other tiles mostly fit into 99
+SMALL = ((8, 6), (8, 9), (12, 0), (12, 1))  # which is what these capabilities have
+LEAST = 4  # blocks of rows that a part of a sum over rows has
+AT_ONCE = 4  # programs for each processor
+
+# (rows, keys of a block, warps, stages) of (forward, queries, keys)
+TILES = {
+    (NARROW, True): ((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2)),
+    (NARROW, False): ((128, 32, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+    (WIDEST, True): ((64, 32, 8, 2), (32, 32, 8, 2), (32, 64, 8, 2)),
+    (WIDEST, False): ((32, 32, 8, 2), (16, 32, 8, 2), (16, 32, 4, 2)),
+}
+EXACT = ((16, 16, 8, 1),) * 3  # fp32: multiply and add, without tensor cores
+
+
+def tiles(dtype: torch.dtype, width: int, large: bool) -> tuple[tuple[int, int, int, int], ...]:
+    """(rows, keys of a block, warps, stages) of forward, queries and keys; width is NARROW or WIDEST."""
+    return EXACT if dtype == torch.float32 else TILES[width, large]
+
+
+def width_of(nope: int, value: int) -> int:
+    """NARROW or WIDEST."""
+    return NARROW if max(nope, value) <= NARROW else WIDEST
+
+
+def latent_refuses(problem: Problem) -> tuple[str, ...]:
+    """The reasons why the kernels can't take a problem of `latent_attention`."""
+    value_dim = problem["value_dim"]
+    return _refusal(problem, value_dim, problem["q"].shape[3] - value_dim, value_dim)
+
+
+def mla_refuses(problem: Problem) -> tuple[str, ...]:
+    """The reasons why the kernels can't take a problem of `mla_attention`."""
+    nope, rope, value = (problem[name].shape[-1] for name in ("k_nope", "k_rope", "v"))
+    return _refusal(problem, nope, rope, value)
+
+
+def _refusal(problem: Problem, nope: int, rope: int, value: int) -> tuple[str, ...]:
+    reasons, dtype = list(triton_runtime.reason(problem)), problem["q"].dtype
+    if dtype not in DTYPES:
+        reasons.append(f"q is {dtype}, but the Triton kernel takes bfloat16, float16 or float32")
+    width = width_of(nope, value)
+    limits = ("nope", nope, 1, WIDEST), ("rope", rope, 0, ROPE[width]), ("value", value, 1, WIDEST)
+    for name, size, least, most in limits:
+        if not least <= size <= most:
+            beside = f" beside {nope} and {value}" if name == "rope" else ""
+            reasons.append(f"the {name} dim is {size}, but the Triton kernel takes {least} to {most}{beside}")
+    if problem.device.capability in SMALL and width == WIDEST:
+        if dtype == torch.float32:
+            reasons.append(
+                f"{problem.device.name} has 99 KiB of shared memory a block, too little for float32 with dims over "
+                f"{NARROW}, here {max(nope, value)}"
+            )
+        elif problem.operator == "mla_attention" and max(nope, value) > 256:
+            reasons.append(
+                f"{problem.device.name} has 99 KiB of shared memory a block, too little for expanded dims over 256, "
+                f"here {max(nope, value)}"
+            )
+    _, S, H, _ = problem["q"].shape
+    if S * H > 2**30:
+        reasons.append(f"S · H = {S * H}, but the Triton kernel takes up to 2^30")
+    return tuple(reasons)
+
+
+def _bounds(cu_seqlens: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """[2, S] int32: where each token's sequence begins, and its end."""
+    if cu_seqlens is None:
+        return None
+    ends = torch.cat((cu_seqlens[1:], cu_seqlens.new_full((1,), length)))
+    token = torch.arange(length, dtype=torch.int32, device=cu_seqlens.device)
+    sequence = torch.bucketize(token, ends[:-1], right=True)
+    begins = torch.cat((cu_seqlens.new_zeros(1), ends[:-1]))
+    return torch.stack((begins[sequence], ends[sequence]))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _block(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))
+
+
+class _Call:
+    """What the launches of one call share. Latent: k is kv [B, T, L + Dr], k_rope and v are None."""
+
+    def __init__(self, q, k, k_rope, v, bounds, value_dim, causal, query_offset):
+        self.latent = v is None
+        self.B, self.S, self.H, dim = q.shape
+        self.T, self.heads = k.shape[1], self.H if self.latent else 1
+        nope = value_dim if self.latent else k.shape[-1]
+        self.dims = nope, dim - nope, value_dim
+        width = width_of(nope, value_dim)
+        large = Device.of(q.device).capability == LARGE and (self.latent or max(nope, value_dim) <= 256)
+        self.tiles = tiles(q.dtype, width, large)
+        self.halves = 2 if width == WIDEST else 1
+        if self.latent:
+            k_rope = k[..., nope:] if dim > nope else k
+            k = v = k.unsqueeze(2)  # one head
+        self.inputs = q, k, k_rope, v
+        self.strides = tuple(t.stride() for t in self.inputs)
+        self.bounds, self.sizes = bounds, (self.S, self.T, query_offset)
+        self.constants = self.H, *self.dims, self.heads, self.latent, causal
+
+    def options(self, kernel: int) -> dict:
+        rows, columns, warps, stages = self.tiles[kernel]
+        nope, rope, value = map(_block, self.dims)
+        halves = {}
+        if kernel == 2:
+            halves = dict(HALVES=self.halves)
+            nope, value = max(16, nope // self.halves), max(16, value // self.halves)
+        return dict(
+            ROWS=rows, COLUMNS=columns, BLOCK_DN=nope, BLOCK_DR=rope, BLOCK_DV=value, num_warps=warps,
+            num_stages=stages, **halves,
+        )  # fmt: skip
+
+    def grid(self, kernel: int) -> tuple[int]:
+        """One program for each tile of rows, group of heads, and sequence."""
+        return (triton.cdiv(self.S * self.heads, self.tiles[kernel][0]) * (self.H // self.heads) * self.B,)
+
+    def parts(self) -> tuple[int, int]:
+        """In how many parts the gradient of what heads share is made, and how many heads a program takes, in turn."""
+        rows, columns, _, _ = self.tiles[2]
+        programs = triton.cdiv(self.T, columns) * self.B * self.halves
+        wanted = triton.cdiv(AT_ONCE * _processors(self.inputs[0].device), programs)
+        if self.latent:
+            return max(1, min(wanted, triton.cdiv(self.S * self.H, rows) // LEAST)), 1
+        each = max(n for n in range(1, self.H + 1) if self.H % n == 0 and (n == 1 or self.H // n >= wanted))
+        return self.H // each, each
+
+
+def _outputs(q, value_dim):
+    """out, lse, and exponent (see triton_forward.py)."""
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return q.new_empty((*q.shape[:3], value_dim)), lse, torch.empty_like(lse)
+
+
+def _forward(q, k, k_rope, v, bounds, value_dim, scale, causal, query_offset):
+    outputs = _outputs(q, value_dim)
+    if q.numel():
+        call = _Call(q, k, k_rope, v, bounds, value_dim, causal, query_offset)
+        with torch.cuda.device_of(q):
+            forward_kernel[call.grid(0)](
+                *call.inputs, *outputs, bounds, *call.strides, *call.sizes, scale * math.log2(math.e), *call.constants,
+                **call.options(0),
+            )  # fmt: skip
+    return outputs
+
+
+def _gradients(q, k, k_rope, v):
+    """Those of q, k, k_rope and v, unwritten; [0] for what is None."""
+    return tuple(
+        q.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in (q, k, k_rope, v)
+    )
+
+
+def _backward(dout, dlse, q, k, k_rope, v, out, exponent, bounds, value_dim, scale, causal, query_offset):
+    gradients = _gradients(q, k, k_rope, v)
+    if not q.numel() or not k.shape[1]:
+        return tuple(t.zero_() for t in gradients)
+    dq, dk, dk_rope, dv = gradients
+    call = _Call(q, k, k_rope, v, bounds, value_dim, causal, query_offset)
+    delta = torch.empty_like(exponent)
+    factors = scale, scale * math.log2(math.e)
+    parts, each = call.parts()
+    whole = dk if call.latent else dk_rope  # what all heads share
+    shared = whole if parts == 1 else q.new_empty((parts, *whole.shape), dtype=torch.float32)
+    targets = (shared, shared, shared) if call.latent else (dk, shared, dv)
+    given = q.new_zeros(()).expand(out.shape) if dout is None else dout
+    with torch.cuda.device_of(q):
+        value = _block(value_dim)
+        rows = 4096 // value
+        delta_kernel[(triton.cdiv(exponent.numel(), rows),)](
+            dout, dlse, out, exponent, delta, given.stride(), (0, 0, 0) if dlse is None else dlse.stride(), call.S,
+            exponent.numel(), call.H, value_dim, call.heads, rows, value, num_warps=4,
+        )  # fmt: skip
+        queries_kernel[call.grid(1)](
+            *call.inputs, given, exponent, delta, dq, bounds, *call.strides, given.stride(), *call.sizes, *factors,
+            *call.constants, **call.options(1),
+        )  # fmt: skip
+        columns = triton.cdiv(call.T, call.tiles[2][1])
+        keys_kernel[(columns * parts * call.B * call.halves,)](
+            *call.inputs, given, exponent, delta, *targets, bounds, *call.strides, given.stride(), *call.sizes,
+            *factors, call.B, parts, each, *call.constants, **call.options(2),
+        )  # fmt: skip
+    if parts > 1:
+        whole.copy_(shared.sum(0))
+    return gradients
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        out, lse, exponent = _below_autograd(*inputs)
+        q, k, k_rope, v, bounds, *ctx.options = inputs
+        ctx.save_for_backward(q, k, k_rope, v, out, exponent, bounds)
+        ctx.mark_non_differentiable(exponent)
+        ctx.given = [t is not None for t in (q, k, k_rope, v)]
+        ctx.set_materialize_grads(False)
+        return out, lse, exponent
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dlse, _):
+        gradients = torch.ops.nam56r.mla_triton_backward(dout, dlse, *ctx.saved_tensors, *ctx.options)
+        return *(t if there else None for t, there in zip(gradients, ctx.given)), *[None] * 5
+
+
+def _below_autograd(*inputs):
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.nam56r.mla_triton.default(*inputs)
+
+
+_SCHEMAS = (
+    "mla_triton(Tensor q, Tensor k, Tensor? k_rope, Tensor? v, Tensor? bounds, int value_dim, float scale, "
+    "bool causal, int query_offset) -> (Tensor out, Tensor lse, Tensor exponent)",
+    "mla_triton_backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor? k_rope, Tensor? v, Tensor out, "
+    "Tensor exponent, Tensor? bounds, int value_dim, float scale, bool causal, int query_offset) "
+    "-> (Tensor dq, Tensor dk, Tensor dk_rope, Tensor dv)",
+)
+
+# not torch.library.custom_op and register_autograd, whose wrappers cost more on the host than the launches
+_LIBRARY = torch.library.Library("nam56r", "FRAGMENT")
+for _schema in _SCHEMAS:
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+for _key in ("CUDA", "CPU"):  # CPU: Triton's interpreter
+    _LIBRARY.impl("mla_triton", _forward, _key)
+    _LIBRARY.impl("mla_triton_backward", _backward, _key)
+_LIBRARY.impl("mla_triton", lambda *inputs: _Attention.apply(*inputs), "Autograd")
+torch.library.register_fake(
+    "nam56r::mla_triton",
+    lambda q, k, k_rope, v, bounds, value_dim, scale, causal, query_offset: _outputs(q, value_dim),
+    lib=_LIBRARY,
+)
+torch.library.register_fake(
+    "nam56r::mla_triton_backward",
+    lambda dout, dlse, q, k, k_rope, v, *_: _gradients(q, k, k_rope, v),
+    lib=_LIBRARY,
+)
+
+
+def latent_attention(q, kv, *, value_dim, scale, causal=True, cu_seqlens=None, query_offset=0, return_lse=False):
+    """See `nam56r.kernels.mla.latent_attention`."""
+    bounds = _bounds(cu_seqlens, q.shape[1])
+    out, lse, _ = torch.ops.nam56r.mla_triton(q, kv, None, None, bounds, value_dim, scale, causal, query_offset)
+    return (out, lse) if return_lse else out
+
+
+def mla_attention(q, k_nope, k_rope, v, *, scale, causal=True, cu_seqlens=None, query_offset=0, return_lse=False):
+    """See `nam56r.kernels.mla.mla_attention`."""
+    bounds = _bounds(cu_seqlens, q.shape[1])
+    out, lse, _ = torch.ops.nam56r.mla_triton(q, k_nope, k_rope, v, bounds, v.shape[3], scale, causal, query_offset)
+    return (out, lse) if return_lse else out
