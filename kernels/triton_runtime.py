@@ -15,12 +15,26 @@ from types import ModuleType
 import torch
 import triton
 import triton.language
+import triton.runtime.interpreter
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from nam56r.kernels.registry import FAMILY, Problem, candidates, select
 
 OLDEST = (8, 0)  # compute capability: bf16 products and asynchronous copies
+
+_patch_tensor = triton.runtime.interpreter._patch_lang_tensor
+
+
+def _patch_lang_tensor(tensor, scope):
+    """Triton's own, and loops over bounds that a kernel computes: Triton reads a bound by int() of an array of one
+    element, which NumPy takes from an array without dimensions only, from 2.5 on."""
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+# for good, not for a block: TRITON_INTERPRET=1 has none
+triton.runtime.interpreter._patch_lang_tensor = _patch_lang_tensor
 
 
 @torch.compiler.assume_constant_result  # a traced program asks while it is traced

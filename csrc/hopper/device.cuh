@@ -3,6 +3,13 @@
 // These headers include nothing but each other: NVRTC compiles them at run time for what isn't built ahead.
 #pragma once
 
+// Kernels are empty in code for other architectures, which a build may hold too (NAM56R_CUDA_ARCHS), and are never called there.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define NAM56R_HOPPER 1
+#else
+#define NAM56R_HOPPER 0
+#endif
+
 namespace nam56r {
 
 struct BFloat16 { unsigned short bits; };
@@ -192,7 +199,7 @@ __device__ inline float exp2_(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-constexpr float kInfinity = __builtin_huge_valf();
+__device__ inline float infinity() { return __int_as_float(0x7f800000); }
 constexpr float LOG2_E = 1.4426950408889634f;
 __device__ inline float exp_(float x) { return exp2_(x * LOG2_E); }
 __device__ inline float reciprocal(float x) {

@@ -23,6 +23,7 @@ struct ForwardShared {
 
 template <typename T, class Sh, class By = ForwardBy<Sh>>
 __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) forward(const __grid_constant__ Arguments a, const __grid_constant__ Maps maps) {
+#if NAM56R_HOPPER
   constexpr int GROUPS = By::GROUPS, KEYS = By::KEYS, STAGES = By::STAGES, QUEUE = By::QUEUE, ROWS = 64 * GROUPS;
   extern __shared__ __align__(1024) char bytes[];
   auto& s = *reinterpret_cast<ForwardShared<Sh, By>*>(bytes);
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) forward(const __gri
     const int blocks = (keys.end - keys.first + KEYS - 1) / KEYS, seen = Sh::SHARED ? blocks : work.blocks(keys, place.row + group * 64, KEYS);
 
     // of the thread's rows, two: the top score, the weights' sum, how out fades as the top rises
-    float m[2] = {-kInfinity, -kInfinity}, l[2] = {}, fade[2];
+    float m[2] = {-infinity(), -infinity()}, l[2] = {}, fade[2];
     float out[Sh::VALUE / 8][4] = {}, p[KEYS / 8][4];
     unsigned held[KEYS / 16][4];
     const auto hide = [&](int j) {  // keys that a row doesn't see
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) forward(const __gri
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int k = key + i * 8 + column + e % 2;
-          if (k < mine[e / 2].first || k >= mine[e / 2].end) p[i][e] = -kInfinity;
+          if (k < mine[e / 2].first || k >= mine[e / 2].end) p[i][e] = -infinity();
         }
     };
     const auto raise = [&] {
@@ -119,12 +120,12 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) forward(const __gri
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const float t = highest[e];
-        fade[e] = exp2_(m[e] * scale - (t == -kInfinity ? 0.f : t * scale));
+        fade[e] = exp2_(m[e] * scale - (t == -infinity() ? 0.f : t * scale));
         m[e] = t, l[e] *= fade[e];
       }
     };
     const auto weigh = [&] {  // scores become weights
-      const float below[2] = {m[0] == -kInfinity ? 0.f : m[0] * scale, m[1] == -kInfinity ? 0.f : m[1] * scale};
+      const float below[2] = {m[0] == -infinity() ? 0.f : m[0] * scale, m[1] == -infinity() ? 0.f : m[1] * scale};
       float sum[2][2] = {};
 #pragma unroll
       for (int i = 0; i < KEYS / 8; ++i)
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) forward(const __gri
       l[e] += __shfl_xor_sync(~0u, l[e], 2);
       const int of = place.row + row + 8 * e;
       const bool none = l[e] == 0.f;
-      if (lane % 4 == 0 && of < work.rows) a.lse[work.index(place, of)] = none ? -kInfinity : m[e] * a.scale + logf(l[e]);
+      if (lane % 4 == 0 && of < work.rows) a.lse[work.index(place, of)] = none ? -infinity() : m[e] * a.scale + logf(l[e]);
       l[e] = none ? 0.f : 1.f / l[e];
     }
 #pragma unroll
@@ -210,6 +211,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) forward(const __gri
     store_group<T, Sh::VALUE>(q, out, maps.out, group, place.row, place.head, place.batch);
     if (first_of_group) s.q_free[at % QUEUE].arrive();
   }
+#endif
 }
 
 }  // namespace nam56r::mla

@@ -27,6 +27,7 @@ struct KeysShared {
 
 template <typename T, class Sh, class By = KeysBy<Sh>>
 __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_constant__ Arguments a, const __grid_constant__ Maps maps) {
+#if NAM56R_HOPPER
   constexpr int GROUPS = By::GROUPS, ROWS = By::ROWS, STAGES = By::STAGES, KEYS = 64 * GROUPS;
   constexpr bool HELD = By::HELD;
   extern __shared__ __align__(1024) char bytes[];
@@ -243,6 +244,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
           a.partial + ((long long)w.batch * a.keys * a.apart + w.head) * Sh::ROPE, a.apart * Sh::ROPE);
     }
   }
+#endif
 }
 
 }  // namespace nam56r::mla

@@ -22,6 +22,7 @@ struct QueriesShared {
 
 template <typename T, class Sh, class By = QueriesBy<Sh>>
 __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) queries(const __grid_constant__ Arguments a, const __grid_constant__ Maps maps) {
+#if NAM56R_HOPPER
   constexpr int GROUPS = By::GROUPS, KEYS = By::KEYS, STAGES = By::STAGES, ROWS = 64 * GROUPS;
   extern __shared__ __align__(1024) char bytes[];
   auto& s = *reinterpret_cast<QueriesShared<Sh, By>*>(bytes);
@@ -160,6 +161,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) queries(const __gri
     store_group<T, Sh::KEY>(s.q, dq, maps.dq, group, w.row, w.head, w.batch);
     if (first_of_group) s.q_free.arrive();
   }
+#endif
 }
 
 }  // namespace nam56r::mla

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(256) rows(const __grid_constant__ Arguments a)
     const long long from = ((long long)(block / a.apart) * a.queries + of / a.packed) * heads + block % a.apart + of % a.packed;
     const uint4 x = *reinterpret_cast<const uint4*>(static_cast<const T*>(a.out) + from * Sh::VALUE + lane * 8);
     const uint4 y = *reinterpret_cast<const uint4*>(static_cast<const T*>(a.dout) + from * Sh::VALUE + lane * 8);
-    const float lse = there ? a.lse[from] : -kInfinity, more = a.dlse ? a.dlse[from] : 0.f;
+    const float lse = there ? a.lse[from] : -infinity(), more = a.dlse ? a.dlse[from] : 0.f;
     const unsigned xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
     float sum = 0.f;
 #pragma unroll
@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(256) rows(const __grid_constant__ Arguments a)
     for (int i = 1; i < LANES; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
     if (lane == 0) {
       float* to = a.facts + (long long)block * a.padded + row;
-      to[0] = lse > -kInfinity ? lse * LOG2_E : kInfinity;
-      to[(long long)a.batch * a.apart * a.padded] = lse > -kInfinity ? (sum - more) * a.scale : 0.f;
+      to[0] = lse > -infinity() ? lse * LOG2_E : infinity();
+      to[(long long)a.batch * a.apart * a.padded] = lse > -infinity() ? (sum - more) * a.scale : 0.f;
     }
   }
 }

@@ -47,6 +47,7 @@ struct ForwardShared {
 
 template <typename T, int MODEL, int R, int N>
 __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_constant__ Arguments a, const __grid_constant__ Maps maps) {
+#if NAM56R_HOPPER
   using Sh = Shape<T, MODEL, R, N>;
   using Two = Pair<T>;
   using Row = Rows<Sh, 2>;
@@ -341,6 +342,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) forward(const __grid_con
       }
     }
   }
+#endif
 }
 
 }  // namespace nam56r::ssd

@@ -403,6 +403,7 @@ struct Registers {  // of the warpgroups' threads; without ranks there are more 
 
 template <typename T, int MODEL, int R, int N>
 __global__ void __launch_bounds__(512, 1) gradient(const __grid_constant__ Arguments a, const __grid_constant__ Maps maps) {
+#if NAM56R_HOPPER
   using Sh = Shape<T, MODEL, R, N>;
   extern __shared__ __align__(1024) char bytes[];
   auto& s = *reinterpret_cast<GradientShared<Sh>*>(bytes);
@@ -426,6 +427,7 @@ __global__ void __launch_bounds__(512, 1) gradient(const __grid_constant__ Argum
     give_registers<Registers<Sh>::kAngles>();
     make_angles<Sh>(a, s, s.here);
   }
+#endif
 }
 
 }  // namespace nam56r::ssd

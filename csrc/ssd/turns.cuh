@@ -12,6 +12,7 @@ namespace nam56r::ssd {
 
 template <typename T, int MODEL, int R, int N>
 __global__ void __launch_bounds__(128) turns(const __grid_constant__ Arguments a, const __grid_constant__ Maps maps) {
+#if NAM56R_HOPPER
   using Sh = Shape<T, MODEL, R, N>;
   using Angle = Angles<Sh>;
   constexpr int NA = Sh::NA, kHeads = 128 / NA, LONG = Angle::LONG, SEG = Angle::SEG;
@@ -46,6 +47,7 @@ __global__ void __launch_bounds__(128) turns(const __grid_constant__ Arguments a
         to[h].x[s * LONG + i][Turns<Sh>::at(index)] = Angle::turn_of((s ? up_to[s - 1] + base : base) + sum[s][i]);
   }
   if (blockIdx.x + blockIdx.y + j == 0) wait_for_previous();  // what comes behind this kernel comes behind that one too
+#endif
 }
 
 }  // namespace nam56r::ssd

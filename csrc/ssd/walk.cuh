@@ -35,6 +35,7 @@ struct WalkShared {
 
 template <typename T, int MODEL, int R, int N>
 __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_constant__ Arguments a, const __grid_constant__ Maps maps) {
+#if NAM56R_HOPPER
   using Sh = Shape<T, MODEL, R, N>;
   using Two = Pair<T>;
   using Row = Rows<Sh, 1>;
@@ -231,6 +232,7 @@ __global__ void __launch_bounds__(256, N > 128 ? 1 : 2) walk(const __grid_consta
     }
     if (back) store_state(at<float>(a.dstate) + of_unit, S, p, width);
   }
+#endif
 }
 
 }  // namespace nam56r::ssd

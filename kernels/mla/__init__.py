@@ -32,7 +32,7 @@ def mla_attention(
     k_nope        [B, T, H, Dn]       the dtype of q; T keys, usually S
     k_rope        [B, T, Dr]          the dtype of q
     v             [B, T, H, Dv]       the dtype of q; Dv may differ from Dn + Dr
-    scale         factor of the scores, before the softmax (usually (Dn + Dr) ** -0.5)
+    scale         positive factor of the scores, before the softmax (usually (Dn + Dr) ** -0.5)
     causal        a token sees itself and what comes before it in its sequence; else its whole sequence
     cu_seqlens    [n + 1] int32, sequences packed into one row (B = 1, S = T); they don't see each other
     query_offset  the first query's place among the keys (context parallel): query s sees the keys t ≤ query_offset + s;
@@ -86,9 +86,7 @@ def latent_attention(
     return select(problem, kernel).run(q, kv, value_dim=value_dim, scale=scale, **options)
 
 
-def merge_attention(
-    outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def merge_attention(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """What attention over all keys gives, from its results over parts of them: out = Σ exp(lse_i − lse) out_i.
 
     outs  each [B, S, H, D] in one dtype; lses  each [B, S, H], as `latent_attention` and `mla_attention` return them
@@ -119,6 +117,8 @@ def _options(
     """The options that both forms share, checked."""
     if not isinstance(scale, (int, float)):
         raise TypeError(f"{sizes.operator}: scale is {type(scale).__name__}, but must be a number")
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"{sizes.operator}: scale is {scale}, but must be positive and finite")
     one_of(sizes.operator, "causal", causal, (True, False))
     one_of(sizes.operator, "return_lse", return_lse, (True, False))
     if isinstance(query_offset, bool) or not isinstance(query_offset, int):

@@ -41,12 +41,19 @@ def _cuda_refuses(problem: Problem) -> tuple[str, ...]:
         reasons.append(f"CUDA extension built for {', '.join(extension.archs())}, but the CUDA kernel is sm_90a code")
     if q.dtype not in cuda.DTYPES:
         reasons.append(f"q is {q.dtype}, but the CUDA kernel takes bfloat16 or float16")
+    dims: tuple[int, ...]
+    taken: tuple[tuple[int, ...], ...]
     if problem.operator == "latent_attention":
-        latent, all_dims = problem["value_dim"], q.shape[-1]
-        dims, taken, names = (latent, all_dims - latent), cuda.ABSORBED, "L + Dr"
+        latent = problem["value_dim"]
+        dims, taken, names = (latent, q.shape[-1] - latent), cuda.ABSORBED, "L + Dr"
+        rows, keys = ("S · H", q.shape[1] * q.shape[2]), problem["kv"].shape[1]
     else:
-        nope, rope, value = (problem[name].shape[-1] for name in ("k_nope", "k_rope", "v"))
-        dims, taken, names = (nope, rope, value), cuda.EXPANDED, "Dn + Dr / Dv"
+        dims = tuple(problem[name].shape[-1] for name in ("k_nope", "k_rope", "v"))
+        taken, names = cuda.EXPANDED, "Dn + Dr / Dv"
+        rows, keys = ("S", q.shape[1]), problem["v"].shape[1]
+    for name, count in (rows, ("T", keys)):
+        if count >= cuda.MOST:
+            reasons.append(f"{name} = {count}, but the CUDA kernel counts up to {cuda.MOST - 1}")
     if dims not in taken:
         shown = ", ".join(_dims(one) for one in taken)
         reasons.append(f"{names} = {_dims(dims)}, but the CUDA kernel takes {shown}")

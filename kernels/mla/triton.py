@@ -96,11 +96,11 @@ def _bounds(cu_seqlens: torch.Tensor | None, length: int) -> torch.Tensor | None
     """[2, S] int32: where each token's sequence begins, and its end."""
     if cu_seqlens is None:
         return None
-    ends = torch.cat((cu_seqlens[1:], cu_seqlens.new_full((1,), length)))
     token = torch.arange(length, dtype=torch.int32, device=cu_seqlens.device)
-    sequence = torch.bucketize(token, ends[:-1], right=True)
-    begins = torch.cat((cu_seqlens.new_zeros(1), ends[:-1]))
-    return torch.stack((begins[sequence], ends[sequence]))
+    # cu_seqlens as it is: Inductor can't search in a slice of what it makes itself
+    after = torch.bucketize(token, cu_seqlens, right=True).clamp(1, cu_seqlens.numel() - 1)
+    # clamped, so that values that nobody checks on CUDA never lead out of memory
+    return cu_seqlens[torch.stack((after - 1, after))].clamp(max=length)
 
 
 @functools.cache

@@ -51,7 +51,7 @@ def shared_bytes(kernel: str, shape: Shape) -> int:
 def built(kernels: tuple[str, ...], shape: Shape, capability: tuple[int, int]) -> bool:
     """Whether the extension holds these kernels for this shape and device."""
     ahead = set(torch.ops.nam56r.ssd_built()) >= {name_of(kernel, shape) for kernel in kernels}
-    return ahead and any(extension.covers(arch, capability) for arch in extension.archs())
+    return ahead and capability == CAPABILITY and "90a" in extension.archs()
 
 
 @torch.compiler.assume_constant_result  # a traced program asks while it is traced

@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-import triton.runtime.interpreter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,18 +16,6 @@ gpu = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 PACKED = [0, 5, 5, 6, 31, 38, 38]
 OPTIONS = {"causal": True, "cu_seqlens": None, "query_offset": 0, "return_lse": False}
-
-
-@pytest.fixture
-def interpreted(interpreter, monkeypatch):
-    """Triton's interpreter reads a loop's bounds by int(array of one), which NumPy 2.5 no longer takes."""
-    patch = triton.runtime.interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(triton.runtime.interpreter, "_patch_lang_tensor", patched)
 
 
 def draw(shapes, dtype=torch.float32, device="cpu", seed=0):
@@ -95,14 +82,14 @@ EXPANDED = [
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("shape", [*LATENT, *EXPANDED], ids=str)
-def test_agrees(interpreted, shape, causal):
+def test_agrees(interpreter, shape, causal):
     x = (latent if len(shape) == 6 else expanded)(*shape)
     judge(x, **value(x, shape), causal=causal, return_lse=True)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("H", [1, 3])
-def test_agrees_packed(interpreted, H, causal):
+def test_agrees_packed(interpreter, H, causal):
     for x in (latent(1, 38, 38, H, 16, 16), expanded(1, 38, 38, H, 16, 16, 16)):
         judge(x, causal=causal, cu_seqlens=packing(PACKED), return_lse=True)
 
@@ -114,7 +101,7 @@ def test_agrees_packed(interpreted, H, causal):
     causal=st.booleans(),
     absorbed=st.booleans(),
 )
-def test_any_packing(interpreted, ends, length, causal, absorbed):
+def test_any_packing(interpreter, ends, length, causal, absorbed):
     """Sequences together give what they give apart, by the definition."""
     ends = [0, *sorted(min(end, length) for end in ends), length]
     x = latent(1, length, length, 2, 16, 16) if absorbed else expanded(1, length, length, 2, 16, 16, 16)
@@ -129,7 +116,7 @@ def test_any_packing(interpreted, ends, length, causal, absorbed):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_one_token(interpreted, causal):
+def test_one_token(interpreter, causal):
     """What cancels to nothing here, dq and dk without lse's gradient, is only a rounding."""
     for x in (latent(2, 1, 1, 3, 16, 16), expanded(2, 1, 1, 3, 16, 16, 16)):
         run, definition, _ = runs(x, causal=causal, return_lse=True)
@@ -138,7 +125,7 @@ def test_one_token(interpreted, causal):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("S, T, offset", [(10, 40, 30), (18, 36, 7), (36, 18, -20), (9, 18, 40), (9, 9, -9)])
-def test_agrees_with_other_keys(interpreted, S, T, offset, causal):
+def test_agrees_with_other_keys(interpreter, S, T, offset, causal):
     """Context parallel: other keys than queries, some seen by none, some queries that see none."""
     for x in (latent(1, S, T, 2, 16, 16), expanded(1, S, T, 2, 16, 16, 16)):
         run, definition, _ = runs(x, causal=causal, query_offset=offset, return_lse=True)
@@ -149,7 +136,7 @@ def test_agrees_with_other_keys(interpreted, S, T, offset, causal):
             agree(*(lambda f=f, **x: tuple(t[:, first:] for t in f(**x)) for f in (run, definition)), x, factor=3)
 
 
-def test_a_query_that_sees_nothing_gives_no_gradient(interpreted):
+def test_a_query_that_sees_nothing_gives_no_gradient(interpreter):
     for x in (latent(1, 9, 5, 2, 16, 16), expanded(1, 9, 5, 2, 16, 16, 16)):
         run, _, _ = runs(x, query_offset=-4, return_lse=True)
         _, gradients = outputs_and_gradients(run, x, None)  # lse's are not zero, as a loss may leave them
@@ -157,7 +144,7 @@ def test_a_query_that_sees_nothing_gives_no_gradient(interpreted):
         assert not gradients["0:q"][:, :4].any()
 
 
-def test_only_lse(interpreted):
+def test_only_lse(interpreter):
     """The gradient through lse alone, and through out alone, as parts of both."""
     for x in (latent(1, 17, 17, 2, 16, 16), expanded(1, 17, 17, 2, 16, 16, 16)):
         run, definition, _ = runs(x, return_lse=True)
@@ -166,7 +153,7 @@ def test_only_lse(interpreted):
 
 
 @pytest.mark.parametrize("processors", [1, 40])
-def test_parts_agree(interpreted, monkeypatch, processors):
+def test_parts_agree(interpreter, monkeypatch, processors):
     """However many parts the gradient of what heads share is made in."""
     monkeypatch.setattr(kernels, "_processors", lambda device: processors)
     judge(latent(1, 25, 25, 6, 16, 16))
@@ -193,18 +180,18 @@ def test_parts_are_of_shapes(monkeypatch):
     assert parts(32, 2**20, False) == (1, 32)
 
 
-def test_scale_of_any_sign(interpreted):
+def test_scale_of_any_sign(interpreter):
     for scale in (0.0, -0.3, 4):
         judge(latent(1, 20, 20, 2, 16, 16), scale=scale)
 
 
-def test_large_scores(interpreted):
+def test_large_scores(interpreter):
     x = latent(1, 20, 20, 2, 16, 16)
     x = {name: (t.detach() * 30).requires_grad_() for name, t in x.items()}
     judge(x, return_lse=True)
 
 
-def test_any_strides(interpreted):
+def test_any_strides(interpreter):
     for x in (latent(2, 9, 9, 2, 16, 16), expanded(2, 9, 9, 2, 16, 16, 16)):
         run, _, _ = runs(x, return_lse=True)
         expected = outputs_and_gradients(run, x, None)
@@ -216,7 +203,7 @@ def test_any_strides(interpreted):
             torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
-def test_gradients_of_any_strides(interpreted):
+def test_gradients_of_any_strides(interpreter):
     """What comes back for a sum is expanded; for what is turned, turned."""
     for x in (latent(2, 9, 9, 3, 16, 16), expanded(2, 9, 9, 3, 16, 16, 16)):
         run, definition, _ = runs(x, return_lse=True)
@@ -224,14 +211,14 @@ def test_gradients_of_any_strides(interpreted):
             agree(*(lambda f=f, **x: tuple(map(change, f(**x))) for f in (run, definition)), x, factor=3)
 
 
-def test_same_bits(interpreted):
+def test_same_bits(interpreter):
     for x in (latent(1, 18, 18, 2, 16, 16), expanded(1, 18, 18, 2, 16, 16, 16)):
         run, _, _ = runs(x, return_lse=True)
         same_bits(run, x, times=2)
 
 
 @pytest.mark.parametrize("B, S, T", [(0, 4, 4), (2, 0, 4), (2, 4, 0), (1, 0, 0)])
-def test_nothing_in_nothing_out(interpreted, B, S, T):
+def test_nothing_in_nothing_out(interpreter, B, S, T):
     for x in (latent(B, S, T, 3, 16, 16), expanded(B, S, T, 3, 16, 16, 16)):
         for cu_seqlens in (None, packing([0, 0])) if S == T == 0 else (None,):
             run, definition, _ = runs(x, causal=False, cu_seqlens=cu_seqlens, return_lse=True)
@@ -257,7 +244,7 @@ def check_operators(x, **more):
         torch.library.opcheck(torch.ops.nam56r.mla_triton_backward.default, inputs)
 
 
-def test_in_one_graph(interpreted):
+def test_in_one_graph(interpreter):
     for x in (latent(1, 4, 4, 2, 16, 16), expanded(1, 4, 4, 2, 16, 16, 32)):
         check_operators(x)
         for options in ({"query_offset": 3, "return_lse": True},):

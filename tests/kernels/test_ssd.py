@@ -444,7 +444,7 @@ def test_compiled_at_run_time(monkeypatch):
     monkeypatch.setattr(torch.ops.nam56r, "ssd_load", load, raising=False)
     made = code.code.__wrapped__(code.PASSES[1], SHAPE, (9, 0))
     assert {kernel: one[::2] for kernel, one in made.items()} == dict(turns=(10, 5), walk=(11, 4), gradient=(12, 8))
-    arguments = "<nam56r::ssd::BFloat16, 2, 4, 128>"
+    arguments = "<nam56r::BFloat16, 2, 4, 128>"
     names = [f"nam56r::ssd::{kernel}{arguments}" for kernel in ("turns", "walk", "gradient")]
     assert asked == [("ssd", "kernels.cuh", "sm_90a", names)]
     assert code.name_of("walk", SHAPE) == "walk<bf16,2,4,128>"

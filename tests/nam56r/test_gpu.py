@@ -32,12 +32,12 @@ def groups():
     torch.use_deterministic_algorithms(False)
 
 
-def engine(device, recipe):
+def engine(device, recipe, **kernels):
     from nam56r.megatron.engine import Engine, Schedule
     from nam56r.megatron.model import build_model
 
     torch.manual_seed(5)
-    plan = make_plan(recipe, Device.of(device), kernels=REFERENCES, micro_batch=2)
+    plan = make_plan(recipe, Device.of(device), kernels=REFERENCES | kernels, micro_batch=2)
     model = build_model(recipe, plan, device=device, dtype=torch.bfloat16)
     return Engine(model, Schedule(steps=20, lr=1e-3, min_lr=1e-4), device)
 
@@ -91,3 +91,18 @@ def test_dtypes_are_where_they_belong(groups):
     for chained in first.optimizer.chained_optimizers:
         for group in chained.model_float16_groups if hasattr(chained, "model_float16_groups") else []:
             assert all(parameter.dtype == torch.bfloat16 for parameter in group)
+
+
+def test_dense_attention_in_both_forms(groups):
+    """At the recipe's MLA dims, on the CUDA kernels: training goes the same way absorbed and expanded."""
+    dims = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    recipe = small_recipe(
+        "mamba.headdim=32", "mamba.d_state=32", *(f"mla.{name}=64" for name in dims), "dsa.index_head_dim=64"
+    )
+    assert make_plan(recipe, Device.of(groups), kernels=REFERENCES).slots[-1].kernels["latent_attention"] == "cuda"
+    absorbed, expanded = (
+        torch.tensor(steps(engine(groups, recipe, **{operator: "cuda"}), recipe, range(6)))
+        for operator in ("latent_attention", "mla_attention")
+    )
+    torch.testing.assert_close(absorbed, expanded, rtol=2e-3, atol=0)
+    assert absorbed.isfinite().all()
