@@ -19,6 +19,10 @@ template <bool kIs> struct Bool {
   __device__ constexpr operator bool() const { return kIs; }
 };
 
+template <int kValue> struct Int {
+  __device__ constexpr operator int() const { return kValue; }
+};
+
 template <typename T> struct Pair;  // two elements in a register, the first in the low half
 
 template <> struct Pair<Float16> {

@@ -16,20 +16,20 @@ namespace nam56r::mla {
 template <class Sh, class By>
 struct ForwardShared {
   Tile<64 * By::GROUPS, Sh::KEY> q[By::QUEUE];
-  Stage<Sh, By::KEYS> stage[By::STAGES];
-  Arrival q_here[By::QUEUE], q_free[By::QUEUE], here[By::STAGES], free[By::STAGES];
+  KeyStages<Sh, By::GROUPS, By::KEYS, By::STAGES> keys;
+  Arrival q_here[By::QUEUE], q_free[By::QUEUE];
   int piece[By::QUEUE];
 };
 
 template <typename T, class Sh, class By = ForwardBy<Sh>>
 __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) forward(const __grid_constant__ Arguments a, const __grid_constant__ Maps maps) {
 #if NAM56R_HOPPER
-  constexpr int GROUPS = By::GROUPS, KEYS = By::KEYS, STAGES = By::STAGES, QUEUE = By::QUEUE, ROWS = 64 * GROUPS;
+  constexpr int GROUPS = By::GROUPS, KEYS = By::KEYS, QUEUE = By::QUEUE, ROWS = 64 * GROUPS;
   extern __shared__ __align__(1024) char bytes[];
   auto& s = *reinterpret_cast<ForwardShared<Sh, By>*>(bytes);
   if (threadIdx.x == 0) {
     for (int i = 0; i < QUEUE; ++i) s.q_here[i].make(1), s.q_free[i].make(GROUPS);
-    for (int i = 0; i < STAGES; ++i) s.here[i].make(1), s.free[i].make(GROUPS);
+    s.keys.make();
     publish();
   }
   __syncthreads();
@@ -47,12 +47,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) forward(const __gri
       const auto place = work.place(piece);
       s.q_here[slot].expect(sizeof(s.q[0]));
       fetch<Sh::KEY>(s.q_here[slot], s.q[slot], maps.q, place.row, place.head, place.batch);
-      const Seen keys = work.range(place.row);
-      for (int j = (keys.end - keys.first + KEYS - 1) / KEYS - 1; j >= 0; --j, ++fetched) {
-        const int stage = fetched % STAGES;
-        if (fetched >= STAGES) s.free[stage].wait(fetched / STAGES % 2 ^ 1);
-        fetch_keys<Sh, KEYS>(s.here[stage], s.stage[stage], maps, keys.first + j * KEYS, place.head, place.batch);
-      }
+      s.keys.fetch_all(fetched, maps, work.range(place.row), place.head, place.batch);
     }
   }
 
@@ -71,7 +66,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) forward(const __gri
     const Seen keys = work.range(place.row), all = work.by_all(place.row + group * 64);
     const Seen mine[2] = {seen_by(a, work.token(place.row + row)), seen_by(a, work.token(place.row + row + 8))};
     // Of the tile's blocks of keys, those that a row of the group sees.
-    const int blocks = (keys.end - keys.first + KEYS - 1) / KEYS, seen = Sh::SHARED ? blocks : work.blocks(keys, place.row + group * 64, KEYS);
+    const int blocks = s.keys.blocks(keys), seen = Sh::SHARED ? blocks : work.blocks(keys, place.row + group * 64, KEYS);
 
     // of the thread's rows, two: the top score, the weights' sum, how out fades as the top rises
     float m[2] = {-infinity(), -infinity()}, l[2] = {}, fade[2];
@@ -146,20 +141,19 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) forward(const __gri
     const auto leave = [&](int stage) {
       settle();
       keep(held), keep(out);
-      if (first_of_group) s.free[stage].arrive();
+      if (first_of_group) s.keys.free[stage].arrive();
     };
 
-    for (int j = blocks; j > seen; --j, ++taken) {
+    for (int j = blocks; j > seen; --j) {
       wait_at(turn, 256), arrive_at(next_turn, 256);
-      s.here[taken % STAGES].wait(taken / STAGES % 2);
-      if (first_of_group) s.free[taken % STAGES].arrive();
+      const int passed = s.keys.next(taken);
+      if (first_of_group) s.keys.free[passed].arrive();
     }
     if (seen) {
-      int now = taken % STAGES;
-      s.here[now].wait(taken / STAGES % 2), ++taken;
+      int now = s.keys.next(taken);
       wait_at(turn, 256);
       start();
-      scores_of<T, Sh, KEYS>(p, q, group * 64, s.stage[now]);
+      scores_of<T, Sh>(p, q, group * 64, s.keys.stage[now]);
       close();
       arrive_at(next_turn, 256);
       settle();
@@ -169,14 +163,12 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) forward(const __gri
       weigh();
       pack<T>(held, p);
       for (int j = seen - 2; j >= 0; --j) {
-        const int then = taken % STAGES;
-        s.here[then].wait(taken / STAGES % 2), ++taken;
-        const int from = anew(group * 64);
+        const int then = s.keys.next(taken), from = anew(group * 64);
         wait_at(turn, 256);
         start();
-        scores_of<T, Sh, KEYS>(p, q, from, s.stage[then]);
+        scores_of<T, Sh>(p, q, from, s.keys.stage[then]);
         close();
-        add_values(s.stage[now], true);
+        add_values(s.keys.stage[now], true);
         settle<1>();
         keep(p);
         hide(j);
@@ -191,7 +183,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) forward(const __gri
         pack<T>(held, p);
       }
       start();
-      add_values(s.stage[now], false);
+      add_values(s.keys.stage[now], false);
       leave(now);
     }
 

@@ -15,7 +15,7 @@ namespace nam56r::mla {
 
 template <class Sh, class By>
 struct KeysShared {
-  Stage<Sh, 64 * By::GROUPS> keys;
+  Stage<Sh, 64 * By::GROUPS> keys;  // dk and dv leave through it, where each head has its own
   struct {
     Tile<By::ROWS, Sh::KEY> q;
     Tile<By::ROWS, Sh::VALUE> dout;
@@ -119,36 +119,26 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
           *reinterpret_cast<float2*>(to + (long long)(key + 8 * e) * stride + i * 8 + column) = {x[i][2 * e], x[i][2 * e + 1]};
       }
     };
-    const auto scores = [&](const auto& stage) {
-      [[maybe_unused]] const int from = HELD ? 0 : anew(group * 64);
+    // x = the keys' COLUMNS, or the values', times those of a tile
+    const auto times = [&](auto columns, auto& x, const auto& tile, const auto& of_keys) {
+      const auto theirs = [&](int c) { return tile.descriptor(0, c); };
+      if constexpr (HELD) {
+        Product<T, ROWS>::template held_first<kAcross>(x, key_held[0], theirs(0));
 #pragma unroll
-      for (int k = 0; k < Sh::KEY / 16; ++k) {
-        const auto y = stage.q.descriptor(0, k * 16);
-        if constexpr (HELD) {
-          k ? Product<T, ROWS>::template held<kAcross>(p, key_held[k], y) : Product<T, ROWS>::template held_first<kAcross>(p, key_held[0], y);
-        } else {
-          const auto x = k * 16 < Sh::NOPE ? s.keys.nope.descriptor(from, k * 16) : s.keys.rope.descriptor(from, k * 16 - Sh::NOPE);
-          if (k) Product<T, ROWS>::template shared<kAcross>(p, x, y);
-          else Product<T, ROWS>::template shared<kAcross, 0>(p, x, y);
-        }
+        for (int c = 16; c < columns; c += 16) Product<T, ROWS>::template held<kAcross>(x, key_held[c / 16], theirs(c));
+      } else {
+        const int from = anew(group * 64);
+        multiply<T, columns>(x, [&](int c) { return of_keys(from, c); }, theirs);
       }
+      close();
     };
     float d[ROWS / 8][4];
     unsigned held_p[ROWS / 16][4], held_d[ROWS / 16][4];
+    const auto scores = [&](const auto& stage) {
+      times(Int<Sh::KEY>{}, p, stage.q, [&](int row, int c) { return s.keys.key(row, c); });
+    };
     const auto dP = [&](const auto& stage) {
-      [[maybe_unused]] const int from = HELD ? 0 : anew(group * 64);
-#pragma unroll
-      for (int k = 0; k < Sh::VALUE / 16; ++k) {
-        const auto y = stage.dout.descriptor(0, k * 16);
-        if constexpr (HELD) {
-          k ? Product<T, ROWS>::template held<kAcross>(d, key_held[k], y) : Product<T, ROWS>::template held_first<kAcross>(d, key_held[0], y);
-        } else {
-          const auto x = s.keys.value().descriptor(from, k * 16);
-          if (k) Product<T, ROWS>::template shared<kAcross>(d, x, y);
-          else Product<T, ROWS>::template shared<kAcross, 0>(d, x, y);
-        }
-      }
-      close();
+      times(Int<Sh::VALUE>{}, d, stage.dout, [&](int row, int c) { return s.keys.value().descriptor(row, c); });
     };
     const auto weigh = [&](const auto& stage, int tile) {
 #pragma unroll
@@ -202,7 +192,6 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
       wait_at(turn, 256);
       start();
       scores(s.stage[now]);
-      close();
       dP(s.stage[now]);
       arrive_at(next_turn, 256);
       settle<1>();
@@ -217,7 +206,6 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
         wait_at(turn, 256);
         start();
         scores(s.stage[then]);
-        close();
         add(s.stage[now]);
         dP(s.stage[then]);
         arrive_at(next_turn, 256);
@@ -229,6 +217,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
         differ(s.stage[then]);
         now = then;
       }
+      wait_at(kGroup + group, 128);  // all of the group have read the stage's facts
       start();
       add(s.stage[now]);
       leave(now);

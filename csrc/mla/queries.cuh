@@ -13,22 +13,22 @@ namespace nam56r::mla {
 
 template <class Sh, class By>
 struct QueriesShared {
-  Tile<64 * By::GROUPS, Sh::KEY> q;
+  Tile<64 * By::GROUPS, Sh::KEY> q;  // dq leaves through it
   Tile<64 * By::GROUPS, Sh::VALUE> dout;
-  Stage<Sh, By::KEYS> stage[By::STAGES];
+  KeyStages<Sh, By::GROUPS, By::KEYS, By::STAGES> keys;
+  Arrival q_here, q_free;
   int piece;
-  Arrival q_here, q_free, here[By::STAGES], free[By::STAGES];
 };
 
 template <typename T, class Sh, class By = QueriesBy<Sh>>
 __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) queries(const __grid_constant__ Arguments a, const __grid_constant__ Maps maps) {
 #if NAM56R_HOPPER
-  constexpr int GROUPS = By::GROUPS, KEYS = By::KEYS, STAGES = By::STAGES, ROWS = 64 * GROUPS;
+  constexpr int GROUPS = By::GROUPS, KEYS = By::KEYS, ROWS = 64 * GROUPS;
   extern __shared__ __align__(1024) char bytes[];
   auto& s = *reinterpret_cast<QueriesShared<Sh, By>*>(bytes);
   if (threadIdx.x == 0) {
     s.q_here.make(1), s.q_free.make(GROUPS);
-    for (int i = 0; i < STAGES; ++i) s.here[i].make(1), s.free[i].make(GROUPS);
+    s.keys.make();
     publish();
   }
   __syncthreads();
@@ -45,12 +45,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) queries(const __gri
       s.q_here.expect(sizeof(s.q) + sizeof(s.dout));
       fetch<Sh::KEY>(s.q_here, s.q, maps.q, w.row, w.head, w.batch);
       fetch<Sh::VALUE>(s.q_here, s.dout, maps.dout, w.row, w.head, w.batch);
-      const Seen keys = work.range(w.row);
-      for (int j = (keys.end - keys.first + KEYS - 1) / KEYS - 1; j >= 0; --j, ++fetched) {
-        const int stage = fetched % STAGES;
-        if (fetched >= STAGES) s.free[stage].wait(fetched / STAGES % 2 ^ 1);
-        fetch_keys<Sh, KEYS>(s.here[stage], s.stage[stage], maps, keys.first + j * KEYS, w.head, w.batch);
-      }
+      s.keys.fetch_all(fetched, maps, work.range(w.row), w.head, w.batch);
     }
   }
   take_registers<kMultiplying<GROUPS>>();
@@ -67,7 +62,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) queries(const __gri
     const auto w = work.place(s.piece);
     const Seen keys = work.range(w.row), all = work.by_all(w.row + group * 64);
     const Seen mine[2] = {seen_by(a, work.token(w.row + row)), seen_by(a, work.token(w.row + row + 8))};
-    const int blocks = (keys.end - keys.first + KEYS - 1) / KEYS, seen = Sh::SHARED ? blocks : work.blocks(keys, w.row + group * 64, KEYS);
+    const int blocks = s.keys.blocks(keys), seen = Sh::SHARED ? blocks : work.blocks(keys, w.row + group * 64, KEYS);
     float2 fact[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {  // of a row past the last, too: padded
@@ -108,20 +103,19 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) queries(const __gri
     const auto leave = [&](int stage) {
       settle();
       keep(held), keep(dq);
-      if (first_of_group) s.free[stage].arrive();
+      if (first_of_group) s.keys.free[stage].arrive();
     };
-    for (int j = blocks; j > seen; --j, ++taken) {
+    for (int j = blocks; j > seen; --j) {
       if (j > 1) wait_at(turn, 256), arrive_at(next_turn, 256);  // all groups take one turn less than there are blocks
-      s.here[taken % STAGES].wait(taken / STAGES % 2);
-      if (first_of_group) s.free[taken % STAGES].arrive();
+      const int passed = s.keys.next(taken);
+      if (first_of_group) s.keys.free[passed].arrive();
     }
     if (seen) {
-      int now = taken % STAGES;
-      s.here[now].wait(taken / STAGES % 2), ++taken;
+      int now = s.keys.next(taken);
       start();
-      scores_of<T, Sh, KEYS>(p, s.q, group * 64, s.stage[now]);
+      scores_of<T, Sh>(p, s.q, group * 64, s.keys.stage[now]);
       close();
-      dP_of<T, Sh, KEYS>(d, s.dout, group * 64, s.stage[now]);
+      dP_of<T, Sh>(d, s.dout, group * 64, s.keys.stage[now]);
       close();
       settle<1>();
       keep(p);
@@ -130,32 +124,26 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) queries(const __gri
       keep(d);
       differ();
       for (int j = seen - 2; j >= 0; --j) {
-        const int then = taken % STAGES;
-        s.here[then].wait(taken / STAGES % 2), ++taken;
-        #ifdef ANEW
-        const int from = anew(group * 64);
-#else
-        const int from = group * 64;
-#endif
+        const int then = s.keys.next(taken), from = anew(group * 64);
         wait_at(turn, 256);
         start();
-        scores_of<T, Sh, KEYS>(p, s.q, from, s.stage[then]);
+        scores_of<T, Sh>(p, s.q, from, s.keys.stage[then]);
         close();
-        add_keys(s.stage[now]);
+        add_keys(s.keys.stage[now]);
         arrive_at(next_turn, 256);
         settle<1>();
         keep(p);
         weigh(j);
         leave(now);
         start();
-        dP_of<T, Sh, KEYS>(d, s.dout, from, s.stage[then]);
+        dP_of<T, Sh>(d, s.dout, from, s.keys.stage[then]);
         finish();
         keep(d);
         differ();
         now = then;
       }
       start();
-      add_keys(s.stage[now]);
+      add_keys(s.keys.stage[now]);
       leave(now);
     }
     store_group<T, Sh::KEY>(s.q, dq, maps.dq, group, w.row, w.head, w.batch);

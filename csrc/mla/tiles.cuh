@@ -12,16 +12,21 @@ struct Shape {
   static constexpr bool SHARED = SHARED_;  // the value is the nope part of the key
 };
 
-template <class Sh, int KEYS, bool SHARED = Sh::SHARED>
-struct Stage {
+// A block of keys and their values, which are a part of them or a tile of their own.
+template <class Sh, int KEYS>
+struct KeyTiles {
   Tile<KEYS, Sh::NOPE> nope;
   Tile<KEYS, Sh::ROPE> rope;
-  __device__ const auto& value() const { return nope; }
+  __device__ unsigned long long key(int row, int column) const {
+    return column < Sh::NOPE ? nope.descriptor(row, column) : rope.descriptor(row, column - Sh::NOPE);
+  }
+};
+template <class Sh, int KEYS, bool SHARED = Sh::SHARED>
+struct Stage : KeyTiles<Sh, KEYS> {
+  __device__ const auto& value() const { return this->nope; }
 };
 template <class Sh, int KEYS>
-struct Stage<Sh, KEYS, false> {
-  Tile<KEYS, Sh::NOPE> nope;
-  Tile<KEYS, Sh::ROPE> rope;
+struct Stage<Sh, KEYS, false> : KeyTiles<Sh, KEYS> {
   Tile<KEYS, Sh::VALUE> v;
   __device__ const auto& value() const { return v; }
 };
@@ -135,30 +140,50 @@ __device__ inline void fetch_keys(Arrival& here, Stage<Sh, KEYS>& stage, const M
   if constexpr (!Sh::SHARED) fetch<Sh::VALUE>(here, stage.v, maps.v, key, head, batch);
 }
 
-// scores [64, KEYS] = q's rows from `row` on, times the keys
-template <typename T, class Sh, int KEYS, class Q>
-__device__ __forceinline__ void scores_of(float (&s)[KEYS / 8][4], const Q& q, int row, const Stage<Sh, KEYS>& stage) {
+// Stages of keys in shared memory, which one thread fills and GROUPS groups empty, each with a count of its own.
+template <class Sh, int GROUPS, int KEYS, int STAGES>
+struct KeyStages {
+  Stage<Sh, KEYS> stage[STAGES];
+  Arrival here[STAGES], free[STAGES];
+
+  __device__ void make() {
+    for (int i = 0; i < STAGES; ++i) here[i].make(), free[i].make(GROUPS);
+  }
+  __device__ static int blocks(const Seen& keys) { return (keys.end - keys.first + KEYS - 1) / KEYS; }
+  __device__ void fetch_all(int& fetched, const Maps& maps, const Seen& keys, int head, int batch) {  // the last keys first
+    for (int j = blocks(keys) - 1; j >= 0; --j, ++fetched) {
+      const int i = fetched % STAGES;
+      if (fetched >= STAGES) free[i].wait(fetched / STAGES % 2 ^ 1);
+      fetch_keys<Sh, KEYS>(here[i], stage[i], maps, keys.first + j * KEYS, head, batch);
+    }
+  }
+  __device__ int next(int& taken) {  // the stage that comes, once it is here
+    const int i = taken % STAGES;
+    here[i].wait(taken / STAGES % 2), ++taken;
+    return i;
+  }
+};
+
+// d = a b^T over COLUMNS, of which a(c) and b(c) describe the 16 from c on
+template <typename T, int COLUMNS, int n, class A, class B>
+__device__ __forceinline__ void multiply(float (&d)[n][4], const A& a, const B& b) {
 #pragma unroll
-  for (int k = 0; k < Sh::KEY / 16; ++k) {
-    const auto a = q.descriptor(row, k * 16);
-    const auto b = k * 16 < Sh::NOPE ? stage.nope.descriptor(0, k * 16) : stage.rope.descriptor(0, k * 16 - Sh::NOPE);
-    if (k) Product<T, KEYS>::template shared<kAcross>(s, a, b);
-    else Product<T, KEYS>::template shared<kAcross, 0>(s, a, b);
+  for (int c = 0; c < COLUMNS; c += 16) {
+    if (c) Product<T, 8 * n>::template shared<kAcross>(d, a(c), b(c));
+    else Product<T, 8 * n>::template shared<kAcross, 0>(d, a(0), b(0));
   }
 }
-
-// dP [64, KEYS] = dout's rows from `row` on, times the values
-template <typename T, class Sh, int KEYS, class D>
-__device__ __forceinline__ void dP_of(float (&d)[KEYS / 8][4], const D& dout, int row, const Stage<Sh, KEYS>& stage) {
-#pragma unroll
-  for (int k = 0; k < Sh::VALUE / 16; ++k) {
-    const auto a = dout.descriptor(row, k * 16), b = stage.value().descriptor(0, k * 16);
-    if (k) Product<T, KEYS>::template shared<kAcross>(d, a, b);
-    else Product<T, KEYS>::template shared<kAcross, 0>(d, a, b);
-  }
+// scores [64, KEYS]: rows of q from one on, times keys; dP: the same of dout and values
+template <typename T, class Sh, int n, class Q, class StageT>
+__device__ __forceinline__ void scores_of(float (&s)[n][4], const Q& q, int row, const StageT& stage) {
+  multiply<T, Sh::KEY>(s, [&](int c) { return q.descriptor(row, c); }, [&](int c) { return stage.key(0, c); });
+}
+template <typename T, class Sh, int n, class D, class StageT>
+__device__ __forceinline__ void dP_of(float (&d)[n][4], const D& dout, int row, const StageT& stage) {
+  multiply<T, Sh::VALUE>(d, [&](int c) { return dout.descriptor(row, c); }, [&](int c) { return stage.value().descriptor(0, c); });
 }
 
-// held [64, n] bf16 from fp32 accumulators, as an A operand
+// held: fp32 results [64, 8 n] in 16 bits, as an A operand
 template <typename T, int n>
 __device__ __forceinline__ void pack(unsigned (&held)[n / 2][4], const float (&x)[n][4]) {
 #pragma unroll
