@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from nam56r.kernels.mla import latent_attention, library, merge_attention, mla_attention, reference
+from nam56r.kernels import extension
+from nam56r.kernels.mla import cuda, latent_attention, library, merge_attention, mla_attention, reference
 from nam56r.kernels.registry import DEVICES, NoKernel, Problem, Spec, candidates, select
-from nam56r.kernels.testing import agree, kernels_here, outputs_and_gradients, replays, same_bits
+from nam56r.kernels.testing import agree, outputs_and_gradients, replays, same_bits
 
-EXPANDED = kernels_here("mla_attention")
-LATENT = kernels_here("latent_attention")
 # B, S, H, Dn, Dr, Dv
 EDGES = [(2, 1, 2, 8, 8, 8), (1, 2, 1, 8, 8, 16), (2, 7, 3, 16, 8, 8), (1, 65, 2, 8, 8, 24), (1, 130, 2, 16, 16, 32)]
 PACKED = [0, 5, 5, 6, 17, 17]
@@ -26,9 +25,24 @@ def tensors(B, S, H, Dn, Dr, Dv, dtype=torch.float64, device="cpu", seed=0):
     }
 
 
-def latent_tensors(B, S, H, L, Dr, dtype=torch.float64, device="cpu"):
-    drawn = tensors(B, S, H, L, Dr, 1, dtype, device)
-    return {"q": drawn["q"], "kv": torch.cat((drawn["v"][:, :, 0].expand(-1, -1, L), drawn["k_rope"]), -1).detach()}
+OPTIONS = {"causal": True, "cu_seqlens": None, "query_offset": 0, "return_lse": False}
+
+
+def problem(device, dtype=torch.bfloat16, dims=(64, 64, 64), length=4096, **options):
+    """dims: Dn, Dr and Dv of mla_attention, or L and Dr of latent_attention."""
+    (nope, rope, *value), B, H = dims, 2, 32
+    shapes = dict(q=(B, length, H, nope + rope))
+    if value:
+        shapes |= dict(k_nope=(B, length, H, nope), k_rope=(B, length, rope), v=(B, length, H, *value))
+    else:
+        shapes, options = shapes | dict(kv=(B, length, nope + rope)), dict(value_dim=nope) | options
+    specs = {name: Spec(shape, dtype) for name, shape in shapes.items()}
+    operator = "mla_attention" if value else "latent_attention"
+    return Problem.of(operator, DEVICES[device], **specs, **{**OPTIONS, **options})
+
+
+# what runs on a CPU without Triton's interpreter
+EXPANDED = [k.name for k in candidates("mla_attention") if not k.reasons(problem("cpu"), by_name=False)]
 
 
 def token_by_token(q, k, v, scale, causal, sequences):
@@ -205,32 +219,99 @@ def test_nothing_in_nothing_out(kernel, empty):
     assert latent_attention(x["q"], x["q"][:, :, 0], value_dim=8, scale=0.25).shape == (*empty, 2, 8)
 
 
-OPTIONS = {"causal": True, "cu_seqlens": None, "query_offset": 0, "return_lse": False}
+@pytest.fixture
+def built(monkeypatch):
+    """As with an extension for the H200."""
+    monkeypatch.setattr(extension, "load", lambda: None)
+    monkeypatch.setattr(extension, "archs", lambda: ("90a",))
+    monkeypatch.setattr(cuda, "REGISTERED", True)
+    select.cache_clear()
+    yield
+    select.cache_clear()
 
 
-def problem(device, dtype=torch.bfloat16, dims=(64, 64, 64), length=4096, **options):
-    (Dn, Dr, Dv), B, H = dims, 2, 32
-    shapes = dict(q=(B, length, H, Dn + Dr), k_nope=(B, length, H, Dn), k_rope=(B, length, Dr), v=(B, length, H, Dv))
-    specs = {name: Spec(shape, dtype) for name, shape in shapes.items()}
-    return Problem.of("mla_attention", DEVICES[device], **specs, **{**OPTIONS, **options})
-
-
-def test_selection_without_a_device():
-    assert select(problem("h200")).name == "torch"
-    assert select(problem("h200", torch.float32)).name == "torch"
+def test_what_runs_on_a_cpu():
+    assert EXPANDED == ["torch", "reference"]
     assert select(problem("cpu")).name == "torch"
-    with pytest.raises(NoKernel, match="head dims are 100 .* 60 .* multiples of 8.*runs only when asked for by name"):
-        select(problem("h200", dims=(60, 40, 60)))
+    assert select(problem("cpu", dims=(64, 64))).name == "reference"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("device", ["h100", "h200"])
+def test_selected_on_hopper(built, device, dtype, monkeypatch):
+    packed = {"cu_seqlens": Spec((5,), torch.int32)}
+    others = {"query_offset": 7, "return_lse": True}
+    for dims, without in (((64, 64), "triton"), ((64, 64, 64), "torch"), ((128, 64, 128), "torch")):
+        for options in ({}, packed, others):
+            assert select(problem(device, dtype, dims, **options)).name == "cuda"
+        monkeypatch.setattr(cuda, "REGISTERED", False)
+        select.cache_clear()
+        assert select(problem(device, dtype, dims)).name == without
+        assert select(problem(device, dtype, dims, **others)).name == "triton"
+        monkeypatch.setattr(cuda, "REGISTERED", True)
+        select.cache_clear()
+
+
+def test_selected_where_the_cuda_kernel_refuses():
+    """Whether the extension is built or not."""
     packed = Spec((5,), torch.int32)
-    assert select(problem("h200", cu_seqlens=packed)).name == "torch"
-    with pytest.raises(NoKernel, match="up to head dim 256, not 576"):
-        select(problem("h200", dims=(512, 64, 512), cu_seqlens=packed))
-    latent = dict(q=Spec((2, 9, 4, 12), torch.bfloat16), kv=Spec((2, 9, 12), torch.bfloat16), value_dim=8)
-    latent = Problem.of("latent_attention", DEVICES["h200"], **latent, **OPTIONS)
-    with pytest.raises(NoKernel, match="development kernel"):
-        select(latent)
-    assert select(latent, "reference").role == "development"
-    assert [k.name for k in candidates("mla_attention")][-1] == "reference"
+    assert select(problem("a100")).name == "torch"
+    assert select(problem("a100", dims=(64, 64))).name == "triton"
+    assert select(problem("h200", torch.float32)).name == "torch"
+    for dims, options, why in (
+        ((60, 40, 60), {}, "head dims are 100 .* 60 .* multiples of 8"),
+        ((512, 64, 512), {"cu_seqlens": packed}, "up to head dim 256, not 576"),
+    ):
+        asked = problem("h200", dims=dims, **options)
+        assert select(asked).name == "triton"
+        with pytest.raises(NoKernel, match=why):
+            select(asked, "torch")
+    asked = problem("h200", torch.float64, (64, 64))
+    with pytest.raises(NoKernel, match="float64.*development kernel.*runs only when asked for by name"):
+        select(asked)
+    assert select(asked, "reference").role == "development"
+    assert [k.name for k in candidates("latent_attention")] == ["cuda", "triton", "reference"]
+
+
+ABSORBED = "L + Dr = {}, but the CUDA kernel takes 64 + 64"
+SPLIT = "Dn + Dr / Dv = {}, but the CUDA kernel takes 64 + 64 / 64, 128 + 64 / 128"
+
+
+@pytest.mark.parametrize(
+    "asked, why",
+    [
+        (problem("h200"), []),
+        (problem("h100", torch.float16, (64, 64)), []),
+        (problem("cpu"), ["a CUDA kernel, but the device is cpu"]),
+        (problem("a100"), ["a100 is sm_80, but the CUDA kernel takes sm_90 (H100, H200)"]),
+        (problem("b200", dims=(64, 64)), ["b200 is sm_100, but the CUDA kernel takes sm_90 (H100, H200)"]),
+        (problem("h200", torch.float32), ["q is torch.float32, but the CUDA kernel takes bfloat16 or float16"]),
+        (problem("h200", dims=(512, 64)), [ABSORBED.format("512 + 64")]),
+        (problem("h200", dims=(64, 32)), [ABSORBED.format("64 + 32")]),
+        (problem("h200", dims=(128, 64, 64)), [SPLIT.format("128 + 64 / 64")]),
+        (
+            problem("a100", torch.float64, (192, 64, 128)),
+            ["a100 is sm_80", "q is torch.float64", SPLIT.format("192 + 64 / 128")],
+        ),
+    ],
+)
+def test_the_cuda_kernel_refuses(built, asked, why):
+    """Every reason at once."""
+    reasons = candidates(asked.operator)[0].refuses(asked)
+    assert len(reasons) == len(why) and all(map(str.startswith, reasons, why))
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (64, 64, 64)])
+def test_the_cuda_kernel_refuses_another_extension(built, dims, monkeypatch):
+    asked = problem("h200", dims=dims)
+    refuses = candidates(asked.operator)[0].refuses
+    monkeypatch.setattr(extension, "archs", lambda: ("80", "100"))
+    assert refuses(asked) == ("CUDA extension built for 80, 100, but the CUDA kernel is sm_90a code",)
+    monkeypatch.setattr(cuda, "REGISTERED", False)
+    older = "CUDA extension built from older sources, without attention: install the package again"
+    assert refuses(asked) == (older,)
+    monkeypatch.setattr(extension, "load", lambda: "not built: no nvcc")
+    assert refuses(asked) == ("CUDA extension not built: no nvcc",)
 
 
 @pytest.mark.parametrize(
@@ -266,8 +347,11 @@ def test_refusals_name_the_argument():
         good(causal=None)
     with pytest.raises(ValueError, match="B must be 1, not 2"):
         good(cu_seqlens=torch.tensor([0, 4], dtype=torch.int32))
-    with pytest.raises(ValueError, match="no kernel 'triton': one of torch, reference"):
-        good(kernel="triton")
+    for scale in (0, -0.5, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"scale is {scale}, but must be positive and finite"):
+            good(scale=scale)
+    with pytest.raises(ValueError, match="no kernel 'nope': one of cuda, torch, triton, reference"):
+        good(kernel="nope")
     with pytest.raises(ValueError, match="latent_attention: value_dim is 17, but must be from 1 to L.Dr = 16"):
         latent_attention(x["q"], x["q"][:, :, 0], value_dim=17, scale=0.25)
     with pytest.raises(ValueError, match=r"latent_attention: kv is \[2, 4, 8\]"):
@@ -323,7 +407,7 @@ def test_gpu_takes_misaligned_and_strided():
 def test_gpu_runs_cudnn():
     x = tensors(1, 256, 4, 64, 64, 64, torch.bfloat16, "cuda")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        mla_attention(**x, scale=0.1).sum().backward()
+        mla_attention(**x, scale=0.1, kernel="torch").sum().backward()
         torch.cuda.synchronize()
     names = [event.key for event in seen.key_averages()]
     assert sum("cudnn" in name.lower() and "sdpa" in name.lower() for name in names) >= 2, names  # forward, backward
@@ -332,11 +416,12 @@ def test_gpu_runs_cudnn():
 @pytest.mark.gpu
 def test_gpu_repeats_where_determinism_is_asked_for():
     x = tensors(2, 300, 4, 64, 64, 64, torch.bfloat16, "cuda")
+    run = partial(mla_attention, scale=0.1, kernel="torch")
     with torch.no_grad():
-        same_bits(partial(mla_attention, scale=0.1), {n: t.detach() for n, t in x.items()})
+        same_bits(run, {n: t.detach() for n, t in x.items()})
     torch.use_deterministic_algorithms(True)
     try:
-        same_bits(partial(mla_attention, scale=0.1), x)
+        same_bits(run, x)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -346,5 +431,5 @@ def test_gpu_repeats_where_determinism_is_asked_for():
 def test_gpu_graph_replays(packed):
     """One block of queries and keys (S = 64), where the sums have one order, so that bits can be compared."""
     cu_seqlens = torch.tensor([0, 20, 64], dtype=torch.int32, device="cuda") if packed else None
-    run = partial(mla_attention, scale=0.1, cu_seqlens=cu_seqlens)
+    run = partial(mla_attention, scale=0.1, cu_seqlens=cu_seqlens, kernel="torch")
     replays(run, lambda seed: tensors(1, 64, 2, 64, 64, 64, torch.bfloat16, "cuda", seed))

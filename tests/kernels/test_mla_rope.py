@@ -262,33 +262,32 @@ SHAPES = st.fixed_dictionaries(
         "seed": st.integers(0, 99),
     }
 )
-INTERPRETED = settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+INTERPRETED = settings(deadline=None, max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def draws(make, shape, **options):
-    """As many as make 32 tokens: the rounding of a few elements says little."""
-    count = -(-32 // (shape["B"] * shape["S"]))
+def draws(make, shape, tokens, **options):
+    """As many as make so many tokens: the rounding of a few elements says little."""
+    count = -(-tokens // (shape["B"] * shape["S"]))
     return [make(**options, **shape | {"seed": 100 * shape["seed"] + more}) for more in range(count)]
 
 
 @INTERPRETED
 @given(SHAPES, st.integers(1, 9), st.integers(0, 9), st.booleans())
 def test_queries(interpreter, shape, H, Dn, interleaved):
-    made = draws(queries, shape, H=H, Dn=Dn)
+    made = draws(queries, shape, 16, H=H, Dn=Dn)
     run, definition = (partial(f, interleaved=interleaved) for f in (QUERIES, rope_reference.mla_queries))
     agree(run, definition, made)
     out = run(**made[0])
     assert out.is_contiguous() and out.dtype == shape["dtype"]
 
 
-@pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize(
-    "shape",
+    "shape, interleaved",
     [
-        {"B": 1, "S": 1, "H": 1, "L": 16},
-        {"S": 65, "H": 5, "Dn": 48, "L": 80, "first": True},  # over 64: the tiles of 128
-        {"B": 1, "H": 6, "Dn": 80, "L": 32, "packed": True},
-        {"B": 2, "S": 520, "H": 1, "L": 16, "packed": True},  # the tokens are split
+        ({"B": 1, "S": 1, "H": 1, "L": 16}, True),
+        ({"B": 1, "S": 65, "H": 5, "Dn": 48, "L": 80, "first": True}, True),  # tiles of K, N, tokens and heads
+        ({"B": 2, "H": 2, "Dn": 48, "L": 32, "packed": True}, False),
+        ({"B": 2, "S": 260, "H": 1, "L": 16, "packed": True}, True),  # the tokens are split
     ],
     ids=str,
 )
@@ -298,12 +297,11 @@ def test_queries_absorb(interpreter, shape, interleaved):
     assert QUERIES(**made).is_contiguous()
 
 
-@pytest.mark.parametrize("dtype", HALF)
-def test_queries_absorb_on_the_cpu_in_tiles_of_half(interpreter, dtype, monkeypatch):
+def test_queries_absorb_on_the_cpu_in_tiles_of_half(interpreter, monkeypatch):
     """The tiles and splits of 16-bit types, on fp32."""
     blocks = rope_triton._products
-    monkeypatch.setattr(rope_triton, "_products", lambda K, N, _: blocks(K, N, dtype))
-    for shape in ({"S": 130, "H": 2, "Dn": 16, "L": 144}, {"S": 66, "H": 5, "Dn": 64, "L": 64}):
+    monkeypatch.setattr(rope_triton, "_products", lambda K, N, _: blocks(K, N, torch.bfloat16))
+    for shape in ({"S": 130, "H": 1, "Dn": 16, "L": 144}, {"S": 66, "H": 1, "Dn": 64, "L": 64}):
         agree(QUERIES, rope_reference.mla_queries, queries(B=1, **shape))
 
 
@@ -312,7 +310,7 @@ def test_queries_absorb_on_the_cpu_in_tiles_of_half(interpreter, dtype, monkeypa
 def test_latents(interpreter, shape, Lq, L, q, q_norm, kv_norm, wide, interleaved):
     """Both norms, one or none of them, no q, no latent; weights in fp32, too."""
     options = {"q": q, "norms": (q_norm, kv_norm), "weights": torch.float32 if wide else None}
-    made = draws(latents, shape, Lq=Lq, L=L if kv_norm else L - 1, **options)
+    made = draws(latents, shape, 32, Lq=Lq, L=L if kv_norm else L - 1, **options)
     run, definition = (partial(f, interleaved=interleaved, eps=0.1) for f in (LATENTS, rope_reference.mla_latents))
     agree(run, definition, made)
     _, kv = run(**made[0])
@@ -335,10 +333,10 @@ def test_latents_add_up_over_many_tiles(interpreter, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_any_strides(interpreter, name):
     for run, made in (
-        (mla_queries, queries()),
-        (mla_queries, queries(L=16)),
-        (mla_latents, latents()),
-        (mla_latents, latents(packed=True)),
+        (mla_queries, queries(S=5)),
+        (mla_queries, queries(S=5, L=16)),
+        (mla_latents, latents(S=5)),
+        (mla_latents, latents(S=5, packed=True)),
     ):
         run, want = partial(run, kernel=name), None
         want = bits(run, made)
@@ -369,17 +367,17 @@ def test_gradients_lie_as_megatrons_activations(interpreter):
 
 
 def test_what_is_frozen_gets_no_gradient(interpreter):
-    made = queries(L=16)
+    made = queries(S=5, L=16)
     frozen = made | {"up": made["up"].detach()}
     assert_same(bits(QUERIES, frozen), bits(QUERIES, made)[:2])
-    made = latents()
+    made = latents(S=5)
     for name in ("q_latent", "kv", "q_weight", "kv_weight"):
         frozen = made | {name: made[name].detach()}
         got, want = (outputs_and_gradients(LATENTS, m, None)[1] for m in (frozen, made))
         left = [value for key, value in want.items() if key.split(":")[1] != name]
         assert_same(list(got.values()), left)
     with torch.no_grad():
-        assert not QUERIES(**queries(L=16)).requires_grad
+        assert not QUERIES(**queries(S=5, L=16)).requires_grad
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -411,8 +409,8 @@ def test_a_position_outside_the_tables_is_nan(interpreter, wrong):
 
 @pytest.mark.parametrize("up", [None, 32])
 def test_same_bits_in_one_graph(interpreter, up):
-    made = queries(S=9, L=up, first=True)
-    same_bits(QUERIES, made)
+    made = queries(S=3, H=2, L=up, first=True)
+    same_bits(QUERIES, made, times=2)
     operands = [made["q"], made["cos"], made["sin"], made.get("up"), None, True]
     torch.library.opcheck(torch.ops.nam56r.mla_queries.default, operands)
     d_out = QUERIES(**made).detach()
@@ -422,10 +420,10 @@ def test_same_bits_in_one_graph(interpreter, up):
     compiles(QUERIES, made)
 
 
-@pytest.mark.parametrize("norms", [(True, True), (False, True), (True, False), (False, False)])
+@pytest.mark.parametrize("norms", [(True, True), (True, False), (False, False)])
 def test_latents_same_bits_in_one_graph(interpreter, norms):
-    made = latents(S=9, norms=norms, packed=True, first=True)
-    same_bits(LATENTS, made)
+    made = latents(S=3, norms=norms, packed=True, first=True)
+    same_bits(LATENTS, made, times=2)
     if norms[0]:
         names = ("q_latent", "kv", "cos", "sin", "q_weight", "kv_weight")
         operands = [*map(made.get, names), 1e-6, made["positions"], True]

@@ -14,7 +14,7 @@ from nam56r.kernels.testing import agree, outputs_and_gradients, replays, same_b
 
 gpu = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-PACKED = [0, 5, 5, 6, 31, 38, 38]
+PACKED = [0, 5, 5, 6, 24, 27, 27]
 OPTIONS = {"causal": True, "cu_seqlens": None, "query_offset": 0, "return_lse": False}
 
 
@@ -67,37 +67,50 @@ def packing(ends, device="cpu"):
     return torch.tensor(ends, dtype=torch.int32, device=device)
 
 
-# B, S, T, H, and the nope (or latent), rope and value dim
+# B, S, T, H, and the nope (or latent), rope and value dim; tiles of rows and blocks of keys are 16
 LATENT = [
-    (2, 17, 17, 3, 16, 16),
-    (1, 5, 5, 32, 32, 16),
-    (1, 20, 20, 2, 48, 0),
+    (1, 17, 17, 3, 16, 16),
+    (2, 2, 2, 20, 32, 16),
+    (1, 20, 20, 1, 48, 0),
     (1, 7, 7, 2, 144, 16),
 ]
 EXPANDED = [
-    (2, 17, 17, 3, 32, 16, 48), (1, 2, 2, 8, 16, 16, 16), (1, 20, 20, 2, 16, 0, 32),
-    (1, 18, 18, 2, 144, 16, 16), (1, 18, 18, 2, 16, 16, 160),
+    (1, 17, 17, 3, 32, 16, 48), (2, 2, 2, 3, 16, 16, 16), (1, 20, 20, 1, 16, 0, 32),
+    (1, 18, 18, 1, 144, 16, 16), (1, 18, 18, 1, 16, 16, 160),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("shape", [*LATENT, *EXPANDED], ids=str)
+@pytest.mark.parametrize(
+    "shape, causal",
+    [*((shape, True) for shape in (*LATENT, *EXPANDED)), (LATENT[0], False), (EXPANDED[0], False)],
+    ids=str,
+)
 def test_agrees(interpreter, shape, causal):
     x = (latent if len(shape) == 6 else expanded)(*shape)
     judge(x, **value(x, shape), causal=causal, return_lse=True)
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("H", [1, 3])
-def test_agrees_packed(interpreter, H, causal):
-    for x in (latent(1, 38, 38, H, 16, 16), expanded(1, 38, 38, H, 16, 16, 16)):
+def test_agrees_packed(interpreter, causal):
+    for x in (latent(1, 27, 27, 2, 16, 16), expanded(1, 27, 27, 1, 16, 16, 16)):
         judge(x, causal=causal, cu_seqlens=packing(PACKED), return_lse=True)
 
 
-@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_bounds():
+    """Of a last sequence that ends too early or too late, which CUDA's inputs may: nothing outside of memory."""
+    assert kernels._bounds(packing(PACKED), 27).tolist() == [
+        [0] * 5 + [5] + [6] * 18 + [24] * 3,
+        [5] * 5 + [6] + [24] * 18 + [27] * 3,
+    ]
+    assert kernels._bounds(packing([0, 2]), 4).tolist() == [[0] * 4, [2] * 4]
+    assert kernels._bounds(packing([1, 9]), 3).tolist() == [[1] * 3, [3] * 3]
+    assert kernels._bounds(packing([0]), 0).shape == (2, 0)
+
+
+@settings(deadline=None, max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    ends=st.lists(st.integers(0, 36), max_size=4),
-    length=st.integers(1, 36),
+    ends=st.lists(st.integers(0, 20), max_size=4),
+    length=st.integers(1, 20),
     causal=st.booleans(),
     absorbed=st.booleans(),
 )
@@ -118,13 +131,15 @@ def test_any_packing(interpreter, ends, length, causal, absorbed):
 @pytest.mark.parametrize("causal", [True, False])
 def test_one_token(interpreter, causal):
     """What cancels to nothing here, dq and dk without lse's gradient, is only a rounding."""
-    for x in (latent(2, 1, 1, 3, 16, 16), expanded(2, 1, 1, 3, 16, 16, 16)):
+    for x in (latent(1, 1, 1, 2, 16, 16), expanded(1, 1, 1, 2, 16, 16, 16)):
         run, definition, _ = runs(x, causal=causal, return_lse=True)
         torch.testing.assert_close(outputs_and_gradients(run, x, None), outputs_and_gradients(definition, x, None))
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("S, T, offset", [(10, 40, 30), (18, 36, 7), (36, 18, -20), (9, 18, 40), (9, 9, -9)])
+@pytest.mark.parametrize(
+    "S, T, offset, causal",
+    [(5, 40, 35, True), (9, 36, 7, True), (18, 18, -9, True), (5, 9, 40, True), (5, 5, -5, True), (9, 36, 7, False)],
+)
 def test_agrees_with_other_keys(interpreter, S, T, offset, causal):
     """Context parallel: other keys than queries, some seen by none, some queries that see none."""
     for x in (latent(1, S, T, 2, 16, 16), expanded(1, S, T, 2, 16, 16, 16)):
@@ -146,20 +161,22 @@ def test_a_query_that_sees_nothing_gives_no_gradient(interpreter):
 
 def test_only_lse(interpreter):
     """The gradient through lse alone, and through out alone, as parts of both."""
-    for x in (latent(1, 17, 17, 2, 16, 16), expanded(1, 17, 17, 2, 16, 16, 16)):
+    for x in (latent(1, 9, 9, 2, 16, 16), expanded(1, 9, 9, 2, 16, 16, 16)):
         run, definition, _ = runs(x, return_lse=True)
         for one in (0, 1):
             agree(*(lambda f=f, **x: f(**x)[one] for f in (run, definition)), x, factor=3)
 
 
-@pytest.mark.parametrize("processors", [1, 40])
-def test_parts_agree(interpreter, monkeypatch, processors):
-    """However many parts the gradient of what heads share is made in."""
+@pytest.mark.parametrize("processors, absorbed, own", [(1, 2, (2, 2)), (40, 3, (4, 1))])
+def test_parts_agree(interpreter, monkeypatch, processors, absorbed, own):
+    """However many parts the gradient of what heads share is made in, and heads a program takes."""
     monkeypatch.setattr(kernels, "_processors", lambda device: processors)
-    judge(latent(1, 25, 25, 6, 16, 16))
-    judge(latent(1, 25, 25, 6, 16, 16), causal=False)
-    judge(expanded(1, 5, 5, 6, 16, 16, 16))
-    judge(latent(1, 38, 38, 2, 16, 16), cu_seqlens=packing(PACKED))
+    monkeypatch.setattr(kernels, "LEAST", 1)
+    x, y = latent(1, 17, 17, 2, 16, 16), expanded(1, 17, 17, 4, 16, 16, 16)
+    calls = [(x["q"], x["kv"], None, None, None, 16, True, 0), (*y.values(), None, 16, True, 0)]
+    assert [kernels._Call(*call).parts() for call in calls] == [(absorbed, 1), own]
+    judge(x, cu_seqlens=packing([0, 5, 17]))
+    judge(y, causal=False)
 
 
 def test_parts_are_of_shapes(monkeypatch):
@@ -180,39 +197,36 @@ def test_parts_are_of_shapes(monkeypatch):
     assert parts(32, 2**20, False) == (1, 32)
 
 
-def test_scale_of_any_sign(interpreter):
-    for scale in (0.0, -0.3, 4):
-        judge(latent(1, 20, 20, 2, 16, 16), scale=scale)
-
-
-def test_large_scores(interpreter):
+def test_small_and_large_scores(interpreter):
     x = latent(1, 20, 20, 2, 16, 16)
+    judge(x, scale=1e-3)
     x = {name: (t.detach() * 30).requires_grad_() for name, t in x.items()}
     judge(x, return_lse=True)
 
 
+def turned_with_gaps(t):
+    return t.transpose(0, 1).repeat_interleave(2, -1).transpose(0, 1)[..., ::2]
+
+
 def test_any_strides(interpreter):
-    for x in (latent(2, 9, 9, 2, 16, 16), expanded(2, 9, 9, 2, 16, 16, 16)):
+    for x in (latent(2, 5, 5, 2, 16, 16), expanded(2, 5, 5, 2, 16, 16, 16)):
         run, _, _ = runs(x, return_lse=True)
         expected = outputs_and_gradients(run, x, None)
-        turned = {n: t.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for n, t in x.items()}
-        gaps = {n: t.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_() for n, t in x.items()}
-        for same in (turned, gaps):
-            assert not any(t.is_contiguous() for t in same.values())
-            got = outputs_and_gradients(run, same, None)
-            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        same = {n: turned_with_gaps(t.detach()).requires_grad_() for n, t in x.items()}
+        assert not any(t.is_contiguous() for t in same.values())
+        torch.testing.assert_close(outputs_and_gradients(run, same, None), expected, rtol=0, atol=0)
 
 
 def test_gradients_of_any_strides(interpreter):
     """What comes back for a sum is expanded; for what is turned, turned."""
-    for x in (latent(2, 9, 9, 3, 16, 16), expanded(2, 9, 9, 3, 16, 16, 16)):
+    for x in (latent(1, 5, 5, 2, 16, 16), expanded(1, 5, 5, 2, 16, 16, 16)):
         run, definition, _ = runs(x, return_lse=True)
         for change in (lambda t: t.sum(1), lambda t: t.transpose(1, 2)):
             agree(*(lambda f=f, **x: tuple(map(change, f(**x))) for f in (run, definition)), x, factor=3)
 
 
 def test_same_bits(interpreter):
-    for x in (latent(1, 18, 18, 2, 16, 16), expanded(1, 18, 18, 2, 16, 16, 16)):
+    for x in (latent(1, 5, 5, 2, 16, 16), expanded(1, 5, 5, 2, 16, 16, 16)):
         run, _, _ = runs(x, return_lse=True)
         same_bits(run, x, times=2)
 
@@ -239,20 +253,19 @@ def check_operators(x, **more):
     torch.library.opcheck(torch.ops.nam56r.mla_triton.default, inputs)
     given = [t.detach() if isinstance(t, torch.Tensor) else t for t in inputs]
     out, lse, exponent = torch.ops.nam56r.mla_triton(*given)
-    for dout, dlse in ((out, lse), (out, None), (None, lse)):
+    for dout, dlse in ((out, None), (None, lse)):
         inputs = dout, dlse, *given[:4], out, exponent, *given[4:]
         torch.library.opcheck(torch.ops.nam56r.mla_triton_backward.default, inputs)
 
 
 def test_in_one_graph(interpreter):
-    for x in (latent(1, 4, 4, 2, 16, 16), expanded(1, 4, 4, 2, 16, 16, 32)):
+    for x in (latent(1, 2, 2, 1, 16, 16), expanded(1, 2, 2, 1, 16, 16, 32)):
         check_operators(x)
-        for options in ({"query_offset": 3, "return_lse": True},):
-            torch._dynamo.reset()
-            run, _, _ = runs(x, **options)
-            compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
-            got, want = outputs_and_gradients(compiled, x, None), outputs_and_gradients(run, x, None)
-            torch.testing.assert_close(got, want, rtol=0, atol=0)
+        torch._dynamo.reset()
+        run, _, _ = runs(x, query_offset=3, return_lse=True)
+        compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+        got, want = outputs_and_gradients(compiled, x, None), outputs_and_gradients(run, x, None)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 def problem(device, dims, dtype=torch.bfloat16, H=32, S=4096, **options):
