@@ -306,7 +306,9 @@ def test_the_cuda_kernel_refuses_another_extension(built, dims, monkeypatch):
     asked = problem("h200", dims=dims)
     refuses = candidates(asked.operator)[0].refuses
     monkeypatch.setattr(extension, "archs", lambda: ("80", "100"))
-    assert refuses(asked) == ("CUDA extension built for 80, 100, but the CUDA kernel is sm_90a code",)
+    assert refuses(asked) == (
+        "CUDA extension built for sm_80, sm_100, but the CUDA kernel is sm_90a: install with NAM56R_CUDA_ARCHS=90a",
+    )
     monkeypatch.setattr(cuda, "REGISTERED", False)
     older = "CUDA extension built from older sources, without attention: install the package again"
     assert refuses(asked) == (older,)
