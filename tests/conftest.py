@@ -39,3 +39,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def deterministic_as_before():
+    """Megatron's --deterministic-mode is for the process, and what PyTorch gives cuDNN depends on it."""
+    was = torch.are_deterministic_algorithms_enabled()
+    yield
+    if torch.are_deterministic_algorithms_enabled() != was:
+        torch.use_deterministic_algorithms(was)
