@@ -110,8 +110,8 @@ def test_the_definition_is_a_scan_of_one_step(shape):
 @given(SHAPES)
 def test_triton(interpreter, shape):
     elements = shape["n"] * math.prod(shape["heads"]) * shape["P"]  # of y: the rounding of a few says little
-    draws = range(max(2, -(-48 // elements)))
-    judge([drawn(**shape | {"seed": shape["seed"] + more}) for more in draws], factor=6)
+    draws = range(max(2, -(-96 // elements)))
+    judge([drawn(**shape | {"seed": shape["seed"] + more}) for more in draws], factor=4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -76,3 +76,17 @@ class Stub(torch.autograd.Function):
     def backward(ctx, d):
         ctx.record.append((d,))
         return None, None, *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in ctx.tensors)
+
+
+class PlainCore(torch.nn.Module):
+    """softmax(q kᵀ) v for Megatron's MLASelfAttention, written out."""
+
+    def __init__(self, softmax_scale, **_):
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(self, query, key, value, attention_mask, **_):
+        scores = torch.einsum("sbhd,tbhd->bhst", query, key) * self.scale
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        out = torch.einsum("bhst,tbhd->sbhd", scores.masked_fill(future, -torch.inf).softmax(-1), value)
+        return out.flatten(2)

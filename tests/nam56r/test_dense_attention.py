@@ -19,7 +19,7 @@ from nam56r.megatron import attention
 from nam56r.megatron.norm import RMSNorm
 from nam56r.megatron.parallel import destroy, initialize
 from nam56r.problems import ATTENTION, Workload
-from tests.nam56r.layers import Passes, Stub, drawn
+from tests.nam56r.layers import Passes, PlainCore, Stub, drawn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from dense_worker import CASES, ENDS, build, hidden, packed_row, recipe_of, run  # noqa: E402
@@ -36,20 +36,6 @@ def groups():
     initialize("cpu", seed=5)
     yield
     destroy()
-
-
-class PlainCore(torch.nn.Module):
-    """softmax(q kᵀ) v for Megatron's MLASelfAttention, written out."""
-
-    def __init__(self, softmax_scale, **_):
-        super().__init__()
-        self.scale = softmax_scale
-
-    def forward(self, query, key, value, attention_mask, **_):
-        scores = torch.einsum("sbhd,tbhd->bhst", query, key) * self.scale
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        out = torch.einsum("bhst,tbhd->sbhd", scores.masked_fill(future, -torch.inf).softmax(-1), value)
-        return out.flatten(2)
 
 
 def same(found, wanted, rtol=1e-10):

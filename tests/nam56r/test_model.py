@@ -29,6 +29,7 @@ from nam56r.megatron.moe import Experts
 from nam56r.megatron.parallel import destroy, initialize
 from nam56r.parameters import FAMILY, parameters
 from nam56r.plan import make_plan
+from tests.nam56r.layers import PlainCore
 
 sys.path.insert(0, str(Path(__file__).parent))
 from parallel_worker import small_recipe  # noqa: E402
@@ -142,20 +143,6 @@ def test_what_must_stay_fp32_does(model):
     mixer = next(m for m in model.modules() if isinstance(m, Mamba3Mixer))
     twin = next(m for m in half.modules() if isinstance(m, Mamba3Mixer))
     assert torch.equal(mixer.dt_bias, twin.dt_bias)
-
-
-class PlainCore(torch.nn.Module):
-    """softmax(q kᵀ) v for Megatron's MLASelfAttention, written out."""
-
-    def __init__(self, softmax_scale, **_):
-        super().__init__()
-        self.scale = softmax_scale
-
-    def forward(self, query, key, value, attention_mask, **_):
-        scores = torch.einsum("sbhd,tbhd->bhst", query, key) * self.scale
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        out = torch.einsum("bhst,tbhd->sbhd", scores.masked_fill(future, -torch.inf).softmax(-1), value)
-        return out.flatten(2)
 
 
 def attention(module, spec, config, **submodules):
