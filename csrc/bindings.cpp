@@ -30,10 +30,10 @@ STABLE_TORCH_LIBRARY(nam56r, m) {
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dweight, Tensor dforget, Tensor dinitial_state)");
   m.def(
       "mla_forward(Tensor q, Tensor k, Tensor? k_rope, Tensor? v, Tensor? cu_seqlens, float scale, bool causal, "
-      "int query_offset) -> (Tensor out, Tensor lse)");
+      "int query_offset, bool save) -> (Tensor out, Tensor lse, Tensor rest)");
   m.def(
       "mla_backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor? k_rope, Tensor? v, Tensor out, Tensor lse, "
-      "Tensor? cu_seqlens, float scale, bool causal, int query_offset) "
+      "Tensor rest, Tensor? cu_seqlens, float scale, bool causal, int query_offset) "
       "-> (Tensor dq, Tensor dk, Tensor dk_rope, Tensor dv)");
   m.def("ssd_built() -> str[]");
   m.def("ssd_kernel(str name) -> int");

@@ -93,3 +93,8 @@ def one_of(operator: str, name: str, value: object, allowed: tuple[object, ...])
     """An option must be one of the allowed values."""
     if value not in allowed:
         raise ValueError(f"{operator}: {name} is {value!r}, but must be one of {', '.join(map(repr, allowed))}")
+
+
+def needs_gradient(*inputs: object) -> bool:
+    """Whether autograd will ask for a gradient of any: what is not a tensor has none."""
+    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs)

@@ -79,6 +79,13 @@ __device__ inline void wait_at(int number, int threads) {
 __device__ inline void arrive_at(int number, int threads) {
   asm volatile("bar.arrive %0, %1;" :: "r"(number), "r"(threads) : "memory");
 }
+// Waits, and says whether any of them does.
+__device__ inline bool any_at(int number, int threads, bool mine) {
+  int any;
+  asm volatile("{.reg .pred p;\nsetp.ne.b32 p, %1, 0;\nbarrier.cta.red.or.pred p, %2, %3, p;\nselp.b32 %0, 1, 0, p;\n}"
+      : "=r"(any) : "r"(int(mine)), "r"(number), "r"(threads) : "memory");
+  return any;
+}
 // Registers move from one warpgroup to another.
 template <int kRegisters>
 __device__ inline void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(kRegisters)); }
@@ -194,6 +201,12 @@ struct alignas(1024) Tile {
   __device__ unsigned long long descriptor(int row, int column) const {
     const unsigned on = (column / 64 * ROWS + row) * 8 + column % 64 / 8;
     return (1ull << 62) + (64ull << 32) + (ROWS * 8ull << 16) + (shared_address(x) >> 4) + on;
+  }
+  // For b_is kAlong, from a column that is a multiple of 64: past 64 columns come those of `next`, a tile behind this, from its row 0.
+  template <class TileT>
+  __device__ unsigned long long descriptor(int row, int column, const TileT& next) const {
+    const unsigned from = (shared_address(x) >> 4) + (column / 64 * ROWS + row) * 8, on = (shared_address(next.x) >> 4) - from;
+    return (1ull << 62) + (64ull << 32) + ((unsigned long long)on << 16) + from;
   }
 };
 

@@ -12,6 +12,7 @@ struct Arguments {
   const int* cu;      // [n + 1], or null
   float* lse;         // [B, S, H], natural logarithms
   void* out;          // [B, S, H, VALUE], dense
+  const void* rest;   // the same: what out's rounding lost, in 16 bits; backward, or forward where it will be asked for
   const void* dout;   // the same
   const float* dlse;  // [B, S, H], or null
   float* facts;       // [2, B, apart, padded]: log2 of a row's denominator; scale (dout out - dlse). Infinite, zero past the last row
@@ -25,7 +26,7 @@ struct Arguments {
 
 // Boxes of 64 columns. The dimensions: column, row or key, head apart, batch.
 struct Maps {
-  TensorMap q, nope, rope, v, out, dout, dq, dnope, dv;
+  TensorMap q, nope, rope, v, out, rest, dout, dq, dnope, dv;
 };
 
 // The keys [first, end) that a token sees; both rise with the token.

@@ -38,6 +38,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
     publish();
   }
   __syncthreads();
+  release_next();
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
   struct Work {
     int key, head, batch, split, first, end;  // of row tiles
@@ -59,7 +60,10 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
     for (int at = 0, fetched = 0, piece = pieces.next();; ++at, piece = pieces.next()) {
       if (at) s.keys_free.wait(at % 2 ^ 1);
       s.piece = piece;
-      if (piece < 0) return s.keys_here.arrive();
+      if (piece < 0) {
+        s.keys_here.arrive();
+        return wait_for_previous();  // what comes behind this kernel comes behind queries too
+      }
       const Work w = work_of(piece);
       fetch_keys<Sh, KEYS>(s.keys_here, s.keys, maps, w.key, w.head, w.batch);
       for (int tile = w.first; tile < w.end; ++tile, ++fetched) {

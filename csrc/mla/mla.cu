@@ -97,14 +97,23 @@ void with_kernels(const Problem& p, F f) {
   else STD_TORCH_CHECK(false, "mla: no kernel for head dims ", p.nope, " + ", p.rope, " / ", p.value);
 }
 
-template <typename Kernel>
-void launch(Kernel kernel, const Problem& p, int64_t blocks, int threads, size_t shared, const Arguments& a, const Maps& maps) {
-  if (blocks == 0) return;
+// Early: it may begin before the kernel before it has ended (device.cuh).
+template <typename... Parameters, typename... Given>
+void launch(void (*kernel)(Parameters...), const Problem& p, dim3 grid, int threads, size_t shared, bool early, Given... given) {
+  if (grid.x == 0) return;
   const void* function = reinterpret_cast<const void*>(kernel);
   STD_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-  void* pointers[] = {const_cast<Arguments*>(&a), const_cast<Maps*>(&maps)};
-  STD_CUDA_CHECK(cudaLaunchKernel(
-      function, dim3(unsigned(std::min<int64_t>(blocks, p.processors))), dim3(threads), pointers, shared, stream_of(p.q)));
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization, overlap.val.programmaticStreamSerializationAllowed = early;
+  cudaLaunchConfig_t how{};
+  how.gridDim = grid, how.blockDim = dim3(threads), how.dynamicSmemBytes = shared, how.stream = stream_of(p.q);
+  how.attrs = &overlap, how.numAttrs = 1;
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&how, kernel, given...));
+}
+// Of the kernels whose blocks take piece after piece, one block a processor.
+template <typename Kernel>
+void launch_pieces(Kernel kernel, const Problem& p, int64_t pieces, int groups, size_t shared, const Maps& maps) {
+  launch(kernel, p, dim3(unsigned(std::min<int64_t>(pieces, p.processors))), 128 * (groups + 1), shared, true, p.a, maps);
 }
 
 int64_t row_tiles(const Problem& p, int64_t size) {
@@ -114,18 +123,20 @@ int64_t row_tiles(const Problem& p, int64_t size) {
 }  // namespace
 }  // namespace mla
 
-std::tuple<Tensor, Tensor> mla_forward(
+std::tuple<Tensor, Tensor, Tensor> mla_forward(
     Tensor q, Tensor k, std::optional<Tensor> k_rope, std::optional<Tensor> v, std::optional<Tensor> cu_seqlens, double scale,
-    bool causal, int64_t query_offset) {
+    bool causal, int64_t query_offset, bool save) {
   using namespace mla;
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   Problem p(q, k, k_rope, v, cu_seqlens, scale, causal, query_offset);
   Tensor out = torch::stable::new_empty(p.q, {p.batch, p.queries, p.heads, p.value});
   Tensor lse = p.floats({p.batch, p.queries, p.heads});
-  if (lse.numel() == 0) return {out, lse};
+  Tensor rest = torch::stable::new_empty(p.q, {save ? p.batch : 0, p.queries, p.heads, p.value});
+  if (lse.numel() == 0) return {out, lse, rest};
   Tensor taken = torch::stable::new_zeros(p.q, {1}, ScalarType::Int);
   p.a.out = out.mutable_data_ptr(), p.a.lse = static_cast<float*>(lse.mutable_data_ptr());
   p.a.taken = static_cast<int*>(taken.mutable_data_ptr());
+  p.a.rest = save ? rest.const_data_ptr() : nullptr;
   with_kernels(p, [&](auto element, auto shape) {
     using Sh = decltype(shape);
     using By = ForwardBy<Sh>;
@@ -133,18 +144,19 @@ std::tuple<Tensor, Tensor> mla_forward(
     if (p.keys) maps = p.maps(64 * By::GROUPS, By::KEYS);
     else maps.q = p.rows(p.q, 64 * By::GROUPS);
     maps.out = p.rows(out, 64);
-    launch(forward<decltype(element), Sh>, p, row_tiles(p, 64 * By::GROUPS), 128 * (By::GROUPS + 1), sizeof(ForwardShared<Sh, By>), p.a, maps);
+    if (save) maps.rest = p.rows(rest, 64);
+    launch_pieces(forward<decltype(element), Sh>, p, row_tiles(p, 64 * By::GROUPS), By::GROUPS, sizeof(ForwardShared<Sh, By>), maps);
   });
-  return {out, lse};
+  return {out, lse, rest};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mla_backward(
     std::optional<Tensor> dout, std::optional<Tensor> dlse, Tensor q, Tensor k, std::optional<Tensor> k_rope, std::optional<Tensor> v,
-    Tensor out, Tensor lse, std::optional<Tensor> cu_seqlens, double scale, bool causal, int64_t query_offset) {
+    Tensor out, Tensor lse, Tensor rest, std::optional<Tensor> cu_seqlens, double scale, bool causal, int64_t query_offset) {
   using namespace mla;
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   Problem p(q, k, k_rope, v, cu_seqlens, scale, causal, query_offset);
-  out = dense(out), lse = dense(lse), dlse = dense(dlse);
+  out = dense(out), lse = dense(lse), rest = dense(rest), dlse = dense(dlse);
   Tensor grad = dout ? mappable(dense(*dout)) : torch::stable::new_zeros(out, {p.batch, p.queries, p.heads, p.value});
   Tensor facts = p.floats({2, p.batch, p.a.apart, p.a.padded});
   Tensor seen = torch::stable::new_empty(p.q, {p.a.padded, 2}, ScalarType::Int), taken = torch::stable::new_empty(p.q, {2}, ScalarType::Int);
@@ -155,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mla_backward(
   Tensor dv = p.shared ? like({0}) : like({p.batch, p.keys, p.heads, p.value});
 
   const auto address = [](const Tensor& t) { return static_cast<float*>(const_cast<void*>(t.const_data_ptr())); };
-  p.a.lse = address(lse), p.a.out = const_cast<void*>(out.const_data_ptr()), p.a.dout = grad.const_data_ptr();
+  p.a.lse = address(lse), p.a.out = const_cast<void*>(out.const_data_ptr()), p.a.rest = rest.const_data_ptr(), p.a.dout = grad.const_data_ptr();
   p.a.dlse = dlse ? address(*dlse) : nullptr;
   p.a.facts = address(facts), p.a.seen = static_cast<int2*>(seen.mutable_data_ptr());
   p.a.taken = static_cast<int*>(taken.mutable_data_ptr());
@@ -174,26 +186,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mla_backward(
     }
     Tensor partial = Sh::SHARED ? p.floats({p.a.splits, p.batch, p.keys, Sh::KEY}) : p.floats({p.batch, p.keys, p.heads, Sh::ROPE});
     p.a.partial = address(partial);
-    const dim3 grid(unsigned((p.a.padded * (Sh::VALUE / 8) + 255) / 256), unsigned(std::min<int64_t>(p.batch * p.a.apart, 65535)));
-    mla::rows<T, Sh><<<grid, 256, 0, stream_of(p.q)>>>(p.a);
-    STD_CUDA_CHECK(cudaGetLastError());
+    const dim3 grid(unsigned(p.a.padded * (Sh::VALUE / 8) / (256 * kRowsOfThread)), unsigned(std::min<int64_t>(p.batch * p.a.apart, 65535)));
+    launch(mla::rows<T, Sh>, p, grid, 256, 0, false, p.a);
     Maps maps{};
     if (p.keys) maps = p.maps(64 * ByQueries::GROUPS, ByQueries::KEYS);
     else maps.q = p.rows(p.q, 64 * ByQueries::GROUPS);
     maps.dout = p.rows(grad, 64 * ByQueries::GROUPS), maps.dq = p.rows(dq, 64);
-    launch(
-        queries<T, Sh>, p, row_tiles(p, 64 * ByQueries::GROUPS), 128 * (ByQueries::GROUPS + 1), sizeof(QueriesShared<Sh, ByQueries>), p.a, maps);
+    launch_pieces(queries<T, Sh>, p, row_tiles(p, 64 * ByQueries::GROUPS), ByQueries::GROUPS, sizeof(QueriesShared<Sh, ByQueries>), maps);
     if (p.keys == 0) return;
     maps = p.maps(ByKeys::ROWS, 64 * ByKeys::GROUPS);
     maps.dout = p.rows(grad, ByKeys::ROWS);
     if constexpr (!Sh::SHARED) maps.dnope = p.columns(dk, 0, Sh::NOPE, 64), maps.dv = p.columns(dv, 0, Sh::VALUE, 64);
-    launch(keys<T, Sh>, p, blocks * p.a.splits, 128 * (ByKeys::GROUPS + 1), sizeof(KeysShared<Sh, ByKeys>), p.a, maps);
+    launch_pieces(keys<T, Sh>, p, blocks * p.a.splits, ByKeys::GROUPS, sizeof(KeysShared<Sh, ByKeys>), maps);
     Tensor& total = Sh::SHARED ? dk : dk_rope;
     const int64_t outer = Sh::SHARED ? 1 : p.batch * p.keys, quads = total.numel() / 4;
-    sums<T><<<unsigned((quads + 255) / 256), 256, 0, stream_of(p.q)>>>(
-        reinterpret_cast<const float4*>(p.a.partial), static_cast<uint2*>(total.mutable_data_ptr()), outer,
-        int(Sh::SHARED ? p.a.splits : p.heads), quads / outer);
-    STD_CUDA_CHECK(cudaGetLastError());
+    launch(
+        sums<T>, p, dim3(unsigned((quads + 255) / 256)), 256, 0, true, reinterpret_cast<const float4*>(p.a.partial),
+        static_cast<uint2*>(total.mutable_data_ptr()), outer, int(Sh::SHARED ? p.a.splits : p.heads), quads / outer);
   });
   return {dq, dk, dk_rope, dv};
 }

@@ -14,14 +14,14 @@ namespace nam56r {
 
 using torch::stable::Tensor;
 
-// out, lse
-std::tuple<Tensor, Tensor> mla_forward(
+// out, lse, and with save what out's rounding lost [B, S, H, Dv], which backward asks for
+std::tuple<Tensor, Tensor, Tensor> mla_forward(
     Tensor q, Tensor k, std::optional<Tensor> k_rope, std::optional<Tensor> v, std::optional<Tensor> cu_seqlens, double scale,
-    bool causal, int64_t query_offset);
+    bool causal, int64_t query_offset, bool save);
 
 // dq, dk, dk_rope, dv; absorbed, nothing in the last two.
 std::tuple<Tensor, Tensor, Tensor, Tensor> mla_backward(
     std::optional<Tensor> dout, std::optional<Tensor> dlse, Tensor q, Tensor k, std::optional<Tensor> k_rope, std::optional<Tensor> v,
-    Tensor out, Tensor lse, std::optional<Tensor> cu_seqlens, double scale, bool causal, int64_t query_offset);
+    Tensor out, Tensor lse, Tensor rest, std::optional<Tensor> cu_seqlens, double scale, bool causal, int64_t query_offset);
 
 }  // namespace nam56r

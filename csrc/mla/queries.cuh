@@ -15,6 +15,7 @@ template <class Sh, class By>
 struct QueriesShared {
   Tile<64 * By::GROUPS, Sh::KEY> q;  // dq leaves through it
   Tile<64 * By::GROUPS, Sh::VALUE> dout;
+  Stage<Sh, By::KEYS> stage[By::STAGES];
   KeyStages<Sh, By::GROUPS, By::KEYS, By::STAGES> keys;
   Arrival q_here, q_free;
   int piece;
@@ -32,6 +33,8 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) queries(const __gri
     publish();
   }
   __syncthreads();
+  wait_for_previous();
+  release_next();  // keys begins where a block has ended: it needs what this kernel needs
   const RowTiles<ROWS> work(a);
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (group == GROUPS) {
@@ -45,7 +48,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) queries(const __gri
       s.q_here.expect(sizeof(s.q) + sizeof(s.dout));
       fetch<Sh::KEY>(s.q_here, s.q, maps.q, w.row, w.head, w.batch);
       fetch<Sh::VALUE>(s.q_here, s.dout, maps.dout, w.row, w.head, w.batch);
-      s.keys.fetch_all(fetched, maps, work.range(w.row), w.head, w.batch);
+      s.keys.fetch_all(s.stage, fetched, maps, work.range(w.row), w.head, w.batch);
     }
   }
   take_registers<kMultiplying<GROUPS>>();
@@ -113,9 +116,9 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) queries(const __gri
     if (seen) {
       int now = s.keys.next(taken);
       start();
-      scores_of<T, Sh>(p, s.q, group * 64, s.keys.stage[now]);
+      scores_of<T, Sh>(p, s.q, group * 64, s.stage[now]);
       close();
-      dP_of<T, Sh>(d, s.dout, group * 64, s.keys.stage[now]);
+      dP_of<T, Sh>(d, s.dout, group * 64, s.stage[now]);
       close();
       settle<1>();
       keep(p);
@@ -127,23 +130,23 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) queries(const __gri
         const int then = s.keys.next(taken), from = anew(group * 64);
         wait_at(turn, 256);
         start();
-        scores_of<T, Sh>(p, s.q, from, s.keys.stage[then]);
+        scores_of<T, Sh>(p, s.q, from, s.stage[then]);
         close();
-        add_keys(s.keys.stage[now]);
+        add_keys(s.stage[now]);
         arrive_at(next_turn, 256);
         settle<1>();
         keep(p);
         weigh(j);
         leave(now);
         start();
-        dP_of<T, Sh>(d, s.dout, from, s.keys.stage[then]);
+        dP_of<T, Sh>(d, s.dout, from, s.stage[then]);
         finish();
         keep(d);
         differ();
         now = then;
       }
       start();
-      add_keys(s.keys.stage[now]);
+      add_keys(s.stage[now]);
       leave(now);
     }
     store_group<T, Sh::KEY>(s.q, dq, maps.dq, group, w.row, w.head, w.batch);

@@ -109,10 +109,8 @@ struct RowTiles {
     const auto of = pieces.piece(piece);
     return {(tiles - 1 - of.number) * ROWS, of.head % a.apart, of.head / a.apart};
   }
-  // Of a row's results among all, [B, S, H].
-  __device__ long long index(const Place& place, int row) const {
-    return ((long long)place.batch * a.queries + row / a.packed) * (a.packed * a.apart) + place.head + row % a.packed;
-  }
+  // Of a row's results among all, [B, S, H]: tokens, packed heads, heads apart, of which packed or apart are one.
+  __device__ long long index(const Place& place, int row) const { return ((long long)place.batch * rows + row) * a.apart + place.head; }
   __device__ int token(int row) const { return min(row, rows - 1) / a.packed; }
   __device__ Seen range(int row) const { return {seen_by(a, token(row)).first, seen_by(a, token(row + ROWS - 1)).end}; }
   // How many blocks of a tile's keys any of the 64 rows from one on sees.
@@ -140,17 +138,17 @@ __device__ inline void fetch_keys(Arrival& here, Stage<Sh, KEYS>& stage, const M
   if constexpr (!Sh::SHARED) fetch<Sh::VALUE>(here, stage.v, maps.v, key, head, batch);
 }
 
-// Stages of keys in shared memory, which one thread fills and GROUPS groups empty, each with a count of its own.
+// Which of the stages of keys are filled, by one thread, and emptied, by GROUPS groups, each with a count of its own.
 template <class Sh, int GROUPS, int KEYS, int STAGES>
 struct KeyStages {
-  Stage<Sh, KEYS> stage[STAGES];
   Arrival here[STAGES], free[STAGES];
 
   __device__ void make() {
     for (int i = 0; i < STAGES; ++i) here[i].make(), free[i].make(GROUPS);
   }
   __device__ static int blocks(const Seen& keys) { return (keys.end - keys.first + KEYS - 1) / KEYS; }
-  __device__ void fetch_all(int& fetched, const Maps& maps, const Seen& keys, int head, int batch) {  // the last keys first
+  // The last keys first.
+  __device__ void fetch_all(Stage<Sh, KEYS> (&stage)[STAGES], int& fetched, const Maps& maps, const Seen& keys, int head, int batch) {
     for (int j = blocks(keys) - 1; j >= 0; --j, ++fetched) {
       const int i = fetched % STAGES;
       if (fetched >= STAGES) free[i].wait(fetched / STAGES % 2 ^ 1);
@@ -203,9 +201,9 @@ __device__ __forceinline__ void add_rows(float (&d)[n][4], const unsigned (&held
     Product<T, COLUMNS>::template held<kAlong>(reinterpret_cast<float(&)[COLUMNS / 8][4]>(d[column / 8]), held[c], tile.descriptor(c * 16, 0));
 }
 
-// A group's rows of a result [64, COLUMNS] leave through its rows of a tile, which are free again afterwards.
+// A group's rows of a result [64, COLUMNS], if wanted, leave through its rows of a tile, which are free again afterwards.
 template <typename T, int COLUMNS, int n, class TileT>
-__device__ __forceinline__ void store_group(TileT& tile, const float (&x)[n][4], const TensorMap& map, int group, int row, int head, int batch, int column = 0) {
+__device__ __forceinline__ void store_group(TileT& tile, const float (&x)[n][4], const TensorMap& map, int group, int row, int head, int batch, int column = 0, bool wanted = true) {
 #pragma unroll
   for (int i = 0; i < COLUMNS / 16; ++i) {
     unsigned o[4];
@@ -218,7 +216,7 @@ __device__ __forceinline__ void store_group(TileT& tile, const float (&x)[n][4],
   }
   publish();
   wait_at(kGroup + group, 128);
-  if (threadIdx.x % 128 == 0) {
+  if (wanted && threadIdx.x % 128 == 0) {
 #pragma unroll
     for (int part = 0; part < COLUMNS / 64; ++part) store_rows(&map, &tile.x[part][group * 64][0], part * 64, row + group * 64, head, batch);
     wait_stores();

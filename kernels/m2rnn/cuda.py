@@ -8,6 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from nam56r.kernels import extension, nvrtc
+from nam56r.kernels.checks import needs_gradient
 from nam56r.kernels.registry import Device
 
 ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as m2rnn_load numbers them
@@ -81,8 +82,7 @@ def m2rnn(
     weight, forget = weight.float(), forget.float()
     initial_state = None if initial_state is None else initial_state.float()
     inputs = (q, k, v, weight, forget, initial_state)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    y, final_state, _ = torch.ops.nam56r.m2rnn_forward(*inputs, cu_seqlens, chunk, save)
+    y, final_state, _ = torch.ops.nam56r.m2rnn_forward(*inputs, cu_seqlens, chunk, needs_gradient(*inputs))
     return y, final_state
 
 

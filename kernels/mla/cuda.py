@@ -3,8 +3,9 @@
 It is made of wgmma and TMA, so it runs on compute capability 9.0 only, from code that the extension holds. The operator
 mla_forward serves both forms: absorbed with k = kv, whose first columns are the value, and no k_rope and v.
 
-Memory: forward keeps out and lse. Backward takes 8 bytes a query and head; absorbed, partial sums of dkv in fp32, 34 MiB
-or one of dkv's size; expanded, the rope key's gradient of every head in fp32.
+Memory: forward keeps out, what its rounding lost, which is as large, and lse. Backward takes 8 bytes a query and head;
+absorbed, partial sums of dkv in fp32, 34 MiB or one of dkv's size; expanded, the rope key's gradient of every head in
+fp32.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from nam56r.kernels import extension
+from nam56r.kernels.checks import needs_gradient
 
 DTYPES = (torch.bfloat16, torch.float16)
 ABSORBED = ((64, 64),)  # L, Dr
@@ -24,39 +26,49 @@ REGISTERED = extension.has("mla_forward", "mla_backward")
 
 def latent_attention(q, kv, *, value_dim, scale, causal, cu_seqlens, query_offset, return_lse):
     """See `nam56r.kernels.mla.latent_attention`."""
-    out, lse = torch.ops.nam56r.mla_forward(q, kv, None, None, cu_seqlens, scale, causal, query_offset)
+    out, lse = _run(q, kv, None, None, cu_seqlens, scale, causal, query_offset)
     return (out, lse) if return_lse else out
 
 
 def mla_attention(q, k_nope, k_rope, v, *, scale, causal, cu_seqlens, query_offset, return_lse):
     """See `nam56r.kernels.mla.mla_attention`."""
-    out, lse = torch.ops.nam56r.mla_forward(q, k_nope, k_rope, v, cu_seqlens, scale, causal, query_offset)
+    out, lse = _run(q, k_nope, k_rope, v, cu_seqlens, scale, causal, query_offset)
     return (out, lse) if return_lse else out
 
 
-def _forward_shapes(q, k, k_rope, v, cu_seqlens, scale, causal, query_offset):
-    value = k.shape[-1] // 2 if v is None else v.shape[-1]
-    return q.new_empty((*q.shape[:3], value)), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _run(q, k, k_rope, v, *options):
+    inputs = q, k, k_rope, v
+    return torch.ops.nam56r.mla_forward(*inputs, *options, needs_gradient(*inputs))[:2]
+
+
+def _forward_shapes(q, k, k_rope, v, cu_seqlens, scale, causal, query_offset, save):
+    out = q.new_empty((*q.shape[:3], k.shape[-1] // 2 if v is None else v.shape[-1]))
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return out, lse, out.new_empty((q.shape[0] if save else 0, *out.shape[1:]))
 
 
 def _save(ctx, inputs, output):
-    q, k, k_rope, v, cu_seqlens, *ctx.options = inputs
+    q, k, k_rope, v, cu_seqlens, *ctx.options, ctx.saved = inputs
     ctx.save_for_backward(q, k, k_rope, v, *output, cu_seqlens)
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
 
 
 @once_differentiable
-def _backward(ctx, dout, dlse):
+def _backward(ctx, dout, dlse, _):
     if dout is None and dlse is None:
-        return (None,) * 8
-    q, k, k_rope, v, out, lse, cu_seqlens = ctx.saved_tensors
-    dq, dk, dk_rope, dv = torch.ops.nam56r.mla_backward(dout, dlse, q, k, k_rope, v, out, lse, cu_seqlens, *ctx.options)
+        return (None,) * 9
+    if not ctx.saved:
+        raise RuntimeError("mla_forward ran with save=False, so it has no gradient")
+    q, k, k_rope, v, out, lse, rest, cu_seqlens = ctx.saved_tensors
+    inputs = q, k, k_rope, v, out, lse, rest, cu_seqlens
+    dq, dk, dk_rope, dv = torch.ops.nam56r.mla_backward(dout, dlse, *inputs, *ctx.options)
     if v is None:
         dk_rope = dv = None
-    return dq, dk, dk_rope, dv, None, None, None, None
+    return dq, dk, dk_rope, dv, *(None,) * 5
 
 
-def _backward_shapes(dout, dlse, q, k, k_rope, v, out, lse, cu_seqlens, scale, causal, query_offset):
+def _backward_shapes(dout, dlse, q, k, k_rope, v, out, lse, rest, cu_seqlens, scale, causal, query_offset):
     return tuple(q.new_empty(0 if t is None else t.shape) for t in (q, k, k_rope, v))
 
 

@@ -7,6 +7,7 @@ import triton
 from torch.autograd.function import once_differentiable
 
 from nam56r.kernels import triton_runtime
+from nam56r.kernels.checks import needs_gradient
 from nam56r.kernels.mla.rope_kernels import (
     absorb_kernel,
     latents_gradient_kernel,
@@ -231,8 +232,7 @@ def _below(operator, *inputs):
 
 def _autograd(operator, function):
     def call(*inputs):
-        save = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs)
-        return function.apply(*inputs) if save else _below(operator, *inputs)
+        return function.apply(*inputs) if needs_gradient(*inputs) else _below(operator, *inputs)
 
     return call
 

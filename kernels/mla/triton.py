@@ -4,11 +4,11 @@ One set of kernels serves both forms (triton_forward.py and triton_backward.py s
 concatenated in memory. fp32 is true fp32, without tensor cores, for checks rather than speed. Packed sequences are one
 long row, of which each token knows where its sequence begins and ends.
 
-Memory beside inputs, outputs and gradients: 4 bytes a row (head and token) for exponent, in the backward as much for
-delta; and where the gradient of what all heads share is made in several parts, these in fp32: latent,
-parts · B · T · (L + Dr), for short inputs only; expanded, parts · B · T · Dr, one part for every EACH heads, EACH as
-large as leaves each processor four programs. The number of parts is decided from shapes and the device's number of
-processors, so bits repeat on one kind of device.
+Memory beside inputs, outputs and gradients: 4 bytes a row (head and token) for exponent, and in 16 bits as much as out
+for what its rounding lost; in the backward as much as exponent for delta; and where the gradient of what all heads
+share is made in several parts, these in fp32: latent, parts · B · T · (L + Dr), for short inputs only; expanded,
+parts · B · T · Dr, one part for every EACH heads, EACH as large as leaves each processor four programs. The number of
+parts is decided from shapes and the device's number of processors, so bits repeat on one kind of device.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import triton
 from torch.autograd.function import once_differentiable
 
 from nam56r.kernels import triton_runtime
+from nam56r.kernels.checks import needs_gradient
 from nam56r.kernels.mla.triton_backward import delta_kernel, keys_kernel, queries_kernel
 from nam56r.kernels.mla.triton_forward import forward_kernel
 from nam56r.kernels.registry import Device, Problem
@@ -160,22 +161,27 @@ class _Call:
         return self.H // each, each
 
 
-def _outputs(q, value_dim):
-    """out, lse, and exponent (see triton_forward.py)."""
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    return q.new_empty((*q.shape[:3], value_dim)), lse, torch.empty_like(lse)
+def _outputs(q, value_dim, save):
+    """out, lse, exponent (see triton_forward.py), and what out's rounding lost, with no rows where it isn't kept."""
+    out, lse = q.new_empty((*q.shape[:3], value_dim)), q.new_empty(q.shape[:3], dtype=torch.float32)
+    rest = q.new_empty((q.shape[0] if save and q.dtype != torch.float32 else 0, *out.shape[1:]))
+    return out, lse, torch.empty_like(lse), rest
 
 
-def _forward(q, k, k_rope, v, bounds, value_dim, scale, causal, query_offset):
-    outputs = _outputs(q, value_dim)
+def _forward(q, k, k_rope, v, bounds, value_dim, scale, causal, query_offset, save):
+    outputs = _outputs(q, value_dim, save)
     if q.numel():
         call = _Call(q, k, k_rope, v, bounds, value_dim, causal, query_offset)
         with torch.cuda.device_of(q):
             forward_kernel[call.grid(0)](
-                *call.inputs, *outputs, bounds, *call.strides, *call.sizes, scale * math.log2(math.e), *call.constants,
+                *call.inputs, *outputs[:3], _kept(outputs[3]), bounds, *call.strides, *call.sizes, scale * math.log2(math.e), *call.constants,
                 **call.options(0),
             )  # fmt: skip
     return outputs
+
+
+def _kept(rest):
+    return rest if rest.shape[0] else None
 
 
 def _gradients(q, k, k_rope, v):
@@ -186,7 +192,7 @@ def _gradients(q, k, k_rope, v):
     )
 
 
-def _backward(dout, dlse, q, k, k_rope, v, out, exponent, bounds, value_dim, scale, causal, query_offset):
+def _backward(dout, dlse, q, k, k_rope, v, out, exponent, rest, bounds, value_dim, scale, causal, query_offset):
     gradients = _gradients(q, k, k_rope, v)
     if not q.numel() or not k.shape[1]:
         return tuple(t.zero_() for t in gradients)
@@ -203,7 +209,7 @@ def _backward(dout, dlse, q, k, k_rope, v, out, exponent, bounds, value_dim, sca
         value = _block(value_dim)
         rows = 4096 // value
         delta_kernel[(triton.cdiv(exponent.numel(), rows),)](
-            dout, dlse, out, exponent, delta, given.stride(), (0, 0, 0) if dlse is None else dlse.stride(), call.S,
+            dout, dlse, out, _kept(rest), exponent, delta, given.stride(), (0, 0, 0) if dlse is None else dlse.stride(), call.S,
             exponent.numel(), call.H, value_dim, call.heads, rows, value, num_warps=4,
         )  # fmt: skip
         queries_kernel[call.grid(1)](
@@ -223,19 +229,21 @@ def _backward(dout, dlse, q, k, k_rope, v, out, exponent, bounds, value_dim, sca
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        out, lse, exponent = _below_autograd(*inputs)
-        q, k, k_rope, v, bounds, *ctx.options = inputs
-        ctx.save_for_backward(q, k, k_rope, v, out, exponent, bounds)
-        ctx.mark_non_differentiable(exponent)
+        out, lse, exponent, rest = _below_autograd(*inputs)
+        q, k, k_rope, v, bounds, *ctx.options, ctx.saved = inputs
+        ctx.save_for_backward(q, k, k_rope, v, out, exponent, rest, bounds)
+        ctx.mark_non_differentiable(exponent, rest)
         ctx.given = [t is not None for t in (q, k, k_rope, v)]
         ctx.set_materialize_grads(False)
-        return out, lse, exponent
+        return out, lse, exponent, rest
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, dlse, _):
+    def backward(ctx, dout, dlse, *_):
+        if not ctx.saved:
+            raise RuntimeError("mla_triton ran with save=False, so it has no gradient")
         gradients = torch.ops.nam56r.mla_triton_backward(dout, dlse, *ctx.saved_tensors, *ctx.options)
-        return *(t if there else None for t, there in zip(gradients, ctx.given)), *[None] * 5
+        return *(t if there else None for t, there in zip(gradients, ctx.given)), *[None] * 6
 
 
 def _below_autograd(*inputs):
@@ -245,9 +253,9 @@ def _below_autograd(*inputs):
 
 _SCHEMAS = (
     "mla_triton(Tensor q, Tensor k, Tensor? k_rope, Tensor? v, Tensor? bounds, int value_dim, float scale, "
-    "bool causal, int query_offset) -> (Tensor out, Tensor lse, Tensor exponent)",
+    "bool causal, int query_offset, bool save) -> (Tensor out, Tensor lse, Tensor exponent, Tensor rest)",
     "mla_triton_backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor? k_rope, Tensor? v, Tensor out, "
-    "Tensor exponent, Tensor? bounds, int value_dim, float scale, bool causal, int query_offset) "
+    "Tensor exponent, Tensor rest, Tensor? bounds, int value_dim, float scale, bool causal, int query_offset) "
     "-> (Tensor dq, Tensor dk, Tensor dk_rope, Tensor dv)",
 )
 
@@ -261,7 +269,7 @@ for _key in ("CUDA", "CPU"):  # CPU: Triton's interpreter
 _LIBRARY.impl("mla_triton", lambda *inputs: _Attention.apply(*inputs), "Autograd")
 torch.library.register_fake(
     "nam56r::mla_triton",
-    lambda q, k, k_rope, v, bounds, value_dim, scale, causal, query_offset: _outputs(q, value_dim),
+    lambda q, k, k_rope, v, bounds, value_dim, scale, causal, query_offset, save: _outputs(q, value_dim, save),
     lib=_LIBRARY,
 )
 torch.library.register_fake(
@@ -273,13 +281,16 @@ torch.library.register_fake(
 
 def latent_attention(q, kv, *, value_dim, scale, causal=True, cu_seqlens=None, query_offset=0, return_lse=False):
     """See `nam56r.kernels.mla.latent_attention`."""
-    bounds = _bounds(cu_seqlens, q.shape[1])
-    out, lse, _ = torch.ops.nam56r.mla_triton(q, kv, None, None, bounds, value_dim, scale, causal, query_offset)
-    return (out, lse) if return_lse else out
+    return _run(q, kv, None, None, cu_seqlens, value_dim, scale, causal, query_offset, return_lse)
 
 
 def mla_attention(q, k_nope, k_rope, v, *, scale, causal=True, cu_seqlens=None, query_offset=0, return_lse=False):
     """See `nam56r.kernels.mla.mla_attention`."""
-    bounds = _bounds(cu_seqlens, q.shape[1])
-    out, lse, _ = torch.ops.nam56r.mla_triton(q, k_nope, k_rope, v, bounds, v.shape[3], scale, causal, query_offset)
+    return _run(q, k_nope, k_rope, v, cu_seqlens, v.shape[3], scale, causal, query_offset, return_lse)
+
+
+def _run(q, k, k_rope, v, cu_seqlens, value_dim, scale, causal, query_offset, return_lse):
+    inputs, bounds = (q, k, k_rope, v), _bounds(cu_seqlens, q.shape[1])
+    options = value_dim, scale, causal, query_offset
+    out, lse, *_ = torch.ops.nam56r.mla_triton(*inputs, bounds, *options, needs_gradient(*inputs))
     return (out, lse) if return_lse else out

@@ -1,9 +1,12 @@
 """Latent and expanded attention in Triton, backward: three kernels, no atomics, every sum in one order.
 
-    delta_s = Σ_d dout_s out_s − dlse_s                                 delta_kernel: a row a head and query
+    delta_s = Σ_d dout_s (out_s + rest_s) − dlse_s                      delta_kernel: a row a head and query
     P = exp(scale q kᵀ − lse),  dS = scale P ⊙ (dout vᵀ − delta)
     dq = dS k                                                           queries_kernel: a tile of rows, over its keys
     dv = Pᵀ dout,  dk = dSᵀ q                                           keys_kernel: a block of keys, over its rows
+
+rest is what the rounding of out to 16 bits lost: where one key has nearly all the weight, dout vᵀ and delta are nearly
+equal, and out's rounding would be all of their difference.
 
 keys_kernel, latent: a program adds up all heads of its part of the rows; dv and dk's nope part are one accumulator.
 Where the features of dk and dv are too many for the registers, a program makes one half of them, from all scores.
@@ -21,7 +24,7 @@ from nam56r.kernels.mla.triton_forward import blocks, keys, load, locate, produc
 
 @triton.jit(do_not_specialize=("S", "count"))
 def delta_kernel(
-    dout, dlse, out, exponent, delta, dout_at, dlse_at, S, count,
+    dout, dlse, out, rest, exponent, delta, dout_at, dlse_at, S, count,
     H: tl.constexpr, DV: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """delta lies as exponent does."""
@@ -32,7 +35,10 @@ def delta_kernel(
     if dout is not None:
         at = dout + sequence * dout_at[0] + s * dout_at[1] + head * dout_at[2]
         given = load(at, dv, dout_at[3], inside, DV, BLOCK_DV, True).to(tl.float32)
-        total = tl.sum(given * load(out + row * DV, dv, 1, inside, DV, BLOCK_DV, True).to(tl.float32), 1)
+        whole = load(out + row * DV, dv, 1, inside, DV, BLOCK_DV, True).to(tl.float32)
+        if rest is not None:
+            whole += load(rest + row * DV, dv, 1, inside, DV, BLOCK_DV, True).to(tl.float32)
+        total = tl.sum(given * whole, 1)
     if dlse is not None:
         total -= tl.load(dlse + sequence * dlse_at[0] + s * dlse_at[1] + head * dlse_at[2], mask=inside, other=0.0)
     at = ((sequence * (H // HEADS) + head // HEADS) * S + s) * HEADS + head % HEADS

@@ -134,7 +134,7 @@ def locate(program, S, T, bounds, offset, H, HEADS: tl.constexpr, CAUSAL: tl.con
 
 @triton.jit(do_not_specialize=("S", "T", "offset"))
 def forward_kernel(
-    q, k_nope, k_rope, v, out, lse, exponent, bounds,
+    q, k_nope, k_rope, v, out, lse, exponent, rest, bounds,
     q_at, n_at, r_at, v_at,  # strides
     S, T, offset, factor,  # factor: scale · log₂ e
     H: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DV: tl.constexpr, HEADS: tl.constexpr, LATENT: tl.constexpr,
@@ -176,6 +176,8 @@ def forward_kernel(
     result = accumulator / tl.where(blind, 1.0, denominator)[:, None]
     at = (sequence * S + s) * H + head
     store(out + at * DV, dv, result, inside, DV)
+    if rest is not None:
+        store(rest + at * DV, dv, result - result.to(out.dtype.element_ty).to(tl.float32), inside, DV)
     total = tl.where(blind, -float("inf"), maximum + tl.log2(tl.where(blind, 1.0, denominator)))
     tl.store(lse + at, total * LN_2, mask=inside)
     tl.store(exponent + (sequence * (H // HEADS) + group) * S * HEADS + row, total, mask=inside)

@@ -12,6 +12,7 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
+from nam56r.kernels.checks import needs_gradient
 from nam56r.kernels.registry import Device
 from nam56r.kernels.ssd.code import MAPPED, PASSES, Shape, code
 from nam56r.kernels.ssd.finish import finish
@@ -455,5 +456,4 @@ def scan(
         x, B, C, dt, log_decay, trap, angles, A, dt_bias, softplus, B_bias, C_bias, D, z, psi, zeta, phi, state, angle,
         bounds,
     )  # fmt: skip
-    save = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs)
-    return torch.ops.nam56r.ssd_scan(*inputs, save)[:5]
+    return torch.ops.nam56r.ssd_scan(*inputs, needs_gradient(*inputs))[:5]

@@ -204,6 +204,15 @@ def test_small_and_large_scores(interpreter):
     judge(x, return_lse=True)
 
 
+def test_one_key_has_nearly_all_the_weight(interpreter):
+    """dP and the sum of P dP are then nearly equal: with out's rounding in the sum the error is over 1.4 times PyTorch's."""
+    half = torch.float16  # the interpreter doesn't know bfloat16
+    for make in (partial(latent, 2, 3, 3, 3, 16, 16, half), partial(expanded, 2, 3, 3, 3, 16, 16, 16, half)):
+        draws = [make(seed=seed) for seed in range(4)]
+        run, definition, coarse = runs(draws[0], scale=0.5)
+        agree(run, definition, draws, same_dtype=coarse, factor=1.2)
+
+
 def turned_with_gaps(t):
     return t.transpose(0, 1).repeat_interleave(2, -1).transpose(0, 1)[..., ::2]
 
@@ -245,16 +254,16 @@ def operands(x, cu_seqlens=None):
     q, k = x["q"], x.get("kv", x.get("k_nope"))
     value_dim = x["v"].shape[3] if "v" in x else q.shape[3] // 2
     bounds = kernels._bounds(cu_seqlens, q.shape[1])
-    return q, k, x.get("k_rope"), x.get("v"), bounds, value_dim, 0.2, True, 0
+    return q, k, x.get("k_rope"), x.get("v"), bounds, value_dim, 0.2, True, 0, True
 
 
 def check_operators(x, **more):
     inputs = operands(x, **more)
     torch.library.opcheck(torch.ops.nam56r.mla_triton.default, inputs)
     given = [t.detach() if isinstance(t, torch.Tensor) else t for t in inputs]
-    out, lse, exponent = torch.ops.nam56r.mla_triton(*given)
+    out, lse, *kept = torch.ops.nam56r.mla_triton(*given)
     for dout, dlse in ((out, None), (None, lse)):
-        inputs = dout, dlse, *given[:4], out, exponent, *given[4:]
+        inputs = dout, dlse, *given[:4], out, *kept, *given[4:-1]
         torch.library.opcheck(torch.ops.nam56r.mla_triton_backward.default, inputs)
 
 

@@ -6,6 +6,7 @@ gradients that rank 0 gathers to FOLDER/CASE.pt, with the names of the replicate
 
 import copy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import build_module
 
-from nam56r.kernels.registry import DEVICES
+from nam56r.kernels.registry import Device
 from nam56r.megatron import specs
 from nam56r.megatron.config import transformer_config
 from nam56r.megatron.parallel import destroy, initialize
@@ -48,14 +49,17 @@ def build(
     module: type | None = None,
     tensor_parallel: int = 1,
     submodules: dict[str, Any] | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float64,
+    kernels: Mapping[str, str] | None = None,
     **overrides: Any,
 ) -> torch.nn.Module:
-    """The layer in fp64 on a CPU. form None: without a plan's kernels."""
+    """The layer, in fp64 on a CPU where nothing else is said. form None: without a plan's kernels."""
     recipe = recipe or recipe_of()
-    options = dict(tensor_parallel=tensor_parallel, dtype=torch.float64)
+    options = dict(tensor_parallel=tensor_parallel, dtype=dtype)
     named = {ATTENTION[form]: "reference"} if form else {}
-    plan = make_plan(recipe, DEVICES["cpu"], kernels=named, **options)
-    config = transformer_config(recipe, plan, device=torch.device("cpu"), **options, **overrides)
+    plan = make_plan(recipe, Device.of(device), kernels=named | (kernels or {}), **options)
+    config = transformer_config(recipe, plan, device=torch.device(device), **options, **overrides)
     spec = copy.copy(specs.mla_layer.submodules.self_attention)
     spec.module, spec.submodules = module or spec.module, copy.copy(spec.submodules)
     for name, value in (submodules or {}).items():
