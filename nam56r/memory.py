@@ -349,7 +349,8 @@ def _slot(recipe: Recipe, plan: Plan, slot: Slot, element: int) -> float:
 
 
 def _mla(recipe: Recipe, plan: Plan, part: Part, element: int) -> float:
-    """Latents before and after their norms; rotated queries; the attention's output and logsumexp.
+    """Latents before and after their norms; rotated queries; the attention's output and logsumexp, and with our kernels
+    what the output's rounding to 16 bits lost.
 
     Absorbed: the queries before too, which the weight's gradient takes, and what the values' weight makes of the output.
     Expanded: the latent apart, keys and values as projected; the output once more where Megatron's order is another;
@@ -365,6 +366,8 @@ def _mla(recipe: Recipe, plan: Plan, part: Part, element: int) -> float:
         query, given = nope + rope, value
         kept += element * (latent + heads * (query + nope + value + given * (1 + (plan.micro_batch > 1))))
     kernel = part.kernels.get("latent_attention" if absorbed else "mla_attention")
+    if kernel in ("cuda", "triton") and element == 2:
+        kept += element * heads * given
     if kernel == "torch":
         kept += element * heads * query
         if plan.device == "cpu" and query != value:  # where PyTorch keeps the probabilities

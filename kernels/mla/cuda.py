@@ -3,6 +3,9 @@
 It is made of wgmma and TMA, so it runs on compute capability 9.0 only, from code that the extension holds. The operator
 mla_forward serves both forms: absorbed with k = kv, whose first columns are the value, and no k_rope and v.
 
+The denominator is the sum of the weights as the tensor cores multiply them, rounded to 16 bits: lse is within 2^-9
+(bf16) or 2^-12 (fp16) of the exact one, and far nearer where several keys share the weight.
+
 Memory: forward keeps out, what its rounding lost, which is as large, and lse. Backward takes 8 bytes a query and head;
 absorbed, partial sums of dkv in fp32, 34 MiB or one of dkv's size; expanded, the rope key's gradient of every head in
 fp32.

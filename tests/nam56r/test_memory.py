@@ -183,21 +183,24 @@ def test_activations_are_what_the_model_keeps(settings, kernels):
 
 
 class Keeps(torch.autograd.Function):
-    """An operator that keeps some of its inputs, and its output and a logsumexp where it is an attention."""
+    """An operator that keeps some of its inputs; an attention its output, what rounding it lost, and a logsumexp too."""
 
     @staticmethod
     def forward(ctx, shape, kept, attends, *inputs):
         out = inputs[0].new_empty(shape)
-        lse = [out, out.new_empty(shape[:-1], dtype=torch.float32)] if attends else []
-        ctx.save_for_backward(*(inputs[i] for i in kept), *lse)
+        more = [out, out.new_empty(shape[:-1], dtype=torch.float32)] if attends else []
+        if attends and out.dtype != torch.float32:
+            more.append(torch.empty_like(out))
+        ctx.save_for_backward(*(inputs[i] for i in kept), *more)
         return out
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("operator", ["latent_attention", "mla_attention"])
-def test_dense_attention_keeps_what_its_fast_kernels_do(operator, batch, monkeypatch):
+def test_dense_attention_keeps_what_its_fast_kernels_do(operator, batch, dtype, monkeypatch):
     recipe = TINY.with_overrides(["seq_length=128", "pattern=A", "depth=2", "dsa.ranks=[]"])
-    plan = planned(recipe, "cpu", micro_batch=batch, dtype=torch.float32, kernels={operator: "reference"})
+    plan = planned(recipe, "cpu", micro_batch=batch, dtype=dtype, kernels={operator: "reference"})
     attention = "nam56r.megatron.attention."
 
     def queries(q, cos, sin, *, up, **_):
@@ -223,20 +226,20 @@ def test_dense_attention_keeps_what_its_fast_kernels_do(operator, batch, monkeyp
         storages[saved.untyped_storage().data_ptr()] = saved.untyped_storage()
         return saved
 
-    with built(recipe, plan) as model, torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+    with built(recipe, plan, dtype) as model, torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         layer = model.decoder.layers[0].self_attention
-        layer(torch.randn(recipe.seq_length, batch, recipe.hidden_size, requires_grad=True), None)
+        layer(torch.randn(recipe.seq_length, batch, recipe.hidden_size, dtype=dtype, requires_grad=True), None)
         for weight in layer.parameters():
             storages.pop(weight.untyped_storage().data_ptr(), None)
     kept = sum(storage.nbytes() for storage in storages.values())
     slots = tuple(slot.model_copy(update={"kernels": {operator: "triton"}}) for slot in plan.slots)
     estimated = estimate(recipe, plan.model_copy(update={"slots": slots})).activations["attention"]
     # of a layer's two rows of the hidden size, the block's input is counted here
-    assert estimated == 2 * (kept + batch * 128 * recipe.hidden_size * 4)
+    assert estimated == 2 * (kept + batch * 128 * recipe.hidden_size * dtype.itemsize)
 
 
 @contextmanager
-def built(recipe, plan):
+def built(recipe, plan, dtype=torch.float32):
     """The model of a plan on a CPU, with Megatron's groups around it."""
     from nam56r.megatron.model import build_model
     from nam56r.megatron.parallel import destroy, initialize
@@ -244,7 +247,7 @@ def built(recipe, plan):
     forget_losses()
     initialize("cpu", seed=5)
     try:
-        yield build_model(recipe, plan, device=torch.device("cpu"), dtype=torch.float32)
+        yield build_model(recipe, plan, device=torch.device("cpu"), dtype=dtype)
     finally:
         destroy()
 
