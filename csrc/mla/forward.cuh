@@ -6,7 +6,7 @@
 // others' weights are made.
 // Weights are relative to a score of the row that is looked for only in blocks which hide keys from some row, those beside the
 // diagonal; everywhere else a weight is one product and one exponential. They may be far above 1, as fp32 and bf16 can hold.
-// A tile where they were too high (WEIGHTS) is fetched again at its end, and every block of it is looked at.
+// A tile where they were too high (Weights) is fetched again at its end, and every block of it is looked at.
 // The denominator is the sum of the weights as the tensor cores get them, rounded: they add it up themselves, the values having a
 // column of ones. So where one key has nearly all the weight, the weight's rounding is in out's denominator too.
 // Shared memory: q's tiles, which out leaves through, stages of keys, ones. A shared value is the first part of the key's tile.
@@ -88,9 +88,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) forward(const __gri
   const int lane = threadIdx.x % 32, row = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4, column = lane % 4 * 2;
   const bool first_of_group = threadIdx.x % 128 == 0;
   const float scale = a.scale * LOG2_E;
-  const int turn = kTurn + group, next_turn = kTurn + (group + 1) % GROUPS;
-
-  if (group == GROUPS - 1) arrive_at(next_turn, 256);
+  const Turns<GROUPS> turns(group);
   for (int at = 0, taken = 0;; ++at) {
     const int slot = at % QUEUE;
     auto& q = s.q[slot];
@@ -157,30 +155,30 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) forward(const __gri
     };
 
     for (int j = blocks; j > seen; --j) {
-      wait_at(turn, 256), arrive_at(next_turn, 256);
+      turns.take(), turns.hand_over();
       const int passed = s.keys.next(taken);
       if (first_of_group) s.keys.free[passed].arrive();
     }
     if (seen) {
       int now = s.keys.next(taken);
-      wait_at(turn, 256);
+      turns.take();
       start();
       scores_of<T, Sh>(p, q, group * 64, s.stage[now]);
       close();
-      arrive_at(next_turn, 256);
+      turns.hand_over();
       settle();
       keep(p);
       look(seen - 1);
       weigh();
       for (int j = seen - 2; j >= 0; --j) {
         const int then = s.keys.next(taken), from = anew(group * 64);
-        wait_at(turn, 256);
+        turns.take();
         start();
         add_values(s.stage[now]);
         scores_of<T, Sh>(p, q, from, s.stage[then]);
         close();
         settle<1>();
-        arrive_at(next_turn, 256);
+        turns.hand_over();
         leave(now);
         settle();
         keep(p);
@@ -214,7 +212,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) forward(const __gri
 #pragma unroll
       for (int i = 0; i < SUM; ++i) out[i][2 * e] *= part, out[i][2 * e + 1] *= part;
     }
-    store_group<T, Sh::VALUE>(q, out, maps.out, group, place.row, place.head, place.batch, 0, wanted);
+    store_group<T, Sh::VALUE>(q, out, maps.out, group, place.row, place.head, place.batch, wanted);
     if (a.rest) {
 #pragma unroll
       for (int i = 0; i < SUM; ++i)
@@ -224,7 +222,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) forward(const __gri
           out[i][e] -= rounded.x, out[i][e + 1] -= rounded.y;
         }
       wait_at(kGroup + group, 128);  // out has left the tile
-      store_group<T, Sh::VALUE>(q, out, maps.rest, group, place.row, place.head, place.batch, 0, wanted);
+      store_group<T, Sh::VALUE>(q, out, maps.rest, group, place.row, place.head, place.batch, wanted);
     }
     if (first_of_group) s.q_free[slot].arrive();
   }

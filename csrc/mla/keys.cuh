@@ -83,8 +83,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
   const int lane = threadIdx.x % 32, column = lane % 4 * 2;
   const bool first_of_group = threadIdx.x % 128 == 0;
   const float scale = a.scale * LOG2_E;
-  const int turn = kTurn + group, next_turn = kTurn + (group + 1) % GROUPS;
-  if (group == GROUPS - 1) arrive_at(next_turn, 256);
+  const Turns<GROUPS> turns(group);
   int taken = 0, at = 0;
   while (true) {
     s.keys_here.wait(at % 2);
@@ -186,18 +185,18 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
       if (first_of_group) s.free[stage].arrive();
     };
     for (int tile = w.first; tile < first; ++tile, ++taken) {
-      wait_at(turn, 256), arrive_at(next_turn, 256);
+      turns.take(), turns.hand_over();
       s.here[taken % STAGES].wait(taken / STAGES % 2);
       if (first_of_group) s.free[taken % STAGES].arrive();
     }
     if (first < w.end) {
       int now = taken % STAGES;
       s.here[now].wait(taken / STAGES % 2), ++taken;
-      wait_at(turn, 256);
+      turns.take();
       start();
       scores(s.stage[now]);
       dP(s.stage[now]);
-      arrive_at(next_turn, 256);
+      turns.hand_over();
       settle<1>();
       keep(p);
       weigh(s.stage[now], first);
@@ -207,12 +206,12 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
       for (int tile = first + 1; tile < w.end; ++tile) {
         const int then = taken % STAGES;
         s.here[then].wait(taken / STAGES % 2), ++taken;
-        wait_at(turn, 256);
+        turns.take();
         start();
         scores(s.stage[then]);
         add(s.stage[now]);
         dP(s.stage[then]);
-        arrive_at(next_turn, 256);
+        turns.hand_over();
         settle<2>();
         keep(p);
         weigh(s.stage[then], tile);

@@ -55,8 +55,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) queries(const __gri
   const int lane = threadIdx.x % 32, row = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4, column = lane % 4 * 2;
   const bool first_of_group = threadIdx.x % 128 == 0;
   const float scale = a.scale * LOG2_E;
-  const int turn = kTurn + group, next_turn = kTurn + (group + 1) % GROUPS;
-  if (group == GROUPS - 1) arrive_at(next_turn, 256);
+  const Turns<GROUPS> turns(group);
   int taken = 0, at = 0;
   while (true) {
     s.q_here.wait(at % 2);
@@ -109,7 +108,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) queries(const __gri
       if (first_of_group) s.keys.free[stage].arrive();
     };
     for (int j = blocks; j > seen; --j) {
-      if (j > 1) wait_at(turn, 256), arrive_at(next_turn, 256);  // all groups take one turn less than there are blocks
+      if (j > 1) turns.take(), turns.hand_over();  // all groups take one turn less than there are blocks
       const int passed = s.keys.next(taken);
       if (first_of_group) s.keys.free[passed].arrive();
     }
@@ -128,12 +127,12 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) queries(const __gri
       differ();
       for (int j = seen - 2; j >= 0; --j) {
         const int then = s.keys.next(taken), from = anew(group * 64);
-        wait_at(turn, 256);
+        turns.take();
         start();
         scores_of<T, Sh>(p, s.q, from, s.stage[then]);
         close();
         add_keys(s.stage[now]);
-        arrive_at(next_turn, 256);
+        turns.hand_over();
         settle<1>();
         keep(p);
         weigh(j);

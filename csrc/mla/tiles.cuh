@@ -71,6 +71,18 @@ template <int GROUPS> constexpr int kFetching = GROUPS == 2 ? 24 : 32;
 // Barriers by number: a group's turn at the tensor cores; a group's threads are at one point.
 constexpr int kTurn = 1, kGroup = 8;
 
+// The groups' turns at the tensor cores: a group's products are asked for after those of the group before it.
+template <int GROUPS>
+struct Turns {
+  int mine, next;
+
+  __device__ explicit Turns(int group) : mine(kTurn + group), next(kTurn + (group + 1) % GROUPS) {
+    if (group == GROUPS - 1) hand_over();
+  }
+  __device__ void take() const { wait_at(mine, 256); }
+  __device__ void hand_over() const { arrive_at(next, 256); }
+};
+
 // The pieces of work: `each` of every head of every batch, the long ones first; `together` heads at a time, whose keys the L2
 // cache can hold. Blocks take the next one when they are ready for it, which says nothing of the results: a piece's are its own.
 struct Pieces {
@@ -203,13 +215,13 @@ __device__ __forceinline__ void add_rows(float (&d)[n][4], const unsigned (&held
 
 // A group's rows of a result [64, COLUMNS], if wanted, leave through its rows of a tile, which are free again afterwards.
 template <typename T, int COLUMNS, int n, class TileT>
-__device__ __forceinline__ void store_group(TileT& tile, const float (&x)[n][4], const TensorMap& map, int group, int row, int head, int batch, int column = 0, bool wanted = true) {
+__device__ __forceinline__ void store_group(TileT& tile, const float (&x)[n][4], const TensorMap& map, int group, int row, int head, int batch, bool wanted = true) {
 #pragma unroll
   for (int i = 0; i < COLUMNS / 16; ++i) {
     unsigned o[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const float* from = &x[column / 8 + 2 * i + e / 2][e % 2 * 2];
+      const float* from = &x[2 * i + e / 2][e % 2 * 2];
       o[e] = Pair<T>::pack(from[0], from[1]);
     }
     tile.put_rows(o, group * 64 + threadIdx.x % 128 / 32 * 16, i * 16);

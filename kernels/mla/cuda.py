@@ -29,19 +29,18 @@ REGISTERED = extension.has("mla_forward", "mla_backward")
 
 def latent_attention(q, kv, *, value_dim, scale, causal, cu_seqlens, query_offset, return_lse):
     """See `nam56r.kernels.mla.latent_attention`."""
-    out, lse = _run(q, kv, None, None, cu_seqlens, scale, causal, query_offset)
-    return (out, lse) if return_lse else out
+    return _run(q, kv, None, None, cu_seqlens, scale, causal, query_offset, return_lse)
 
 
 def mla_attention(q, k_nope, k_rope, v, *, scale, causal, cu_seqlens, query_offset, return_lse):
     """See `nam56r.kernels.mla.mla_attention`."""
-    out, lse = _run(q, k_nope, k_rope, v, cu_seqlens, scale, causal, query_offset)
+    return _run(q, k_nope, k_rope, v, cu_seqlens, scale, causal, query_offset, return_lse)
+
+
+def _run(q, k, k_rope, v, cu_seqlens, scale, causal, query_offset, return_lse):
+    inputs, options = (q, k, k_rope, v), (cu_seqlens, scale, causal, query_offset)
+    out, lse, _ = torch.ops.nam56r.mla_forward(*inputs, *options, needs_gradient(*inputs))
     return (out, lse) if return_lse else out
-
-
-def _run(q, k, k_rope, v, *options):
-    inputs = q, k, k_rope, v
-    return torch.ops.nam56r.mla_forward(*inputs, *options, needs_gradient(*inputs))[:2]
 
 
 def _forward_shapes(q, k, k_rope, v, cu_seqlens, scale, causal, query_offset, save):

@@ -174,8 +174,8 @@ def _forward(q, k, k_rope, v, bounds, value_dim, scale, causal, query_offset, sa
         call = _Call(q, k, k_rope, v, bounds, value_dim, causal, query_offset)
         with torch.cuda.device_of(q):
             forward_kernel[call.grid(0)](
-                *call.inputs, *outputs[:3], _kept(outputs[3]), bounds, *call.strides, *call.sizes, scale * math.log2(math.e), *call.constants,
-                **call.options(0),
+                *call.inputs, *outputs[:3], _kept(outputs[3]), bounds, *call.strides, *call.sizes,
+                scale * math.log2(math.e), *call.constants, **call.options(0),
             )  # fmt: skip
     return outputs
 
@@ -209,8 +209,8 @@ def _backward(dout, dlse, q, k, k_rope, v, out, exponent, rest, bounds, value_di
         value = _block(value_dim)
         rows = 4096 // value
         delta_kernel[(triton.cdiv(exponent.numel(), rows),)](
-            dout, dlse, out, _kept(rest), exponent, delta, given.stride(), (0, 0, 0) if dlse is None else dlse.stride(), call.S,
-            exponent.numel(), call.H, value_dim, call.heads, rows, value, num_warps=4,
+            dout, dlse, out, _kept(rest), exponent, delta, given.stride(), (0, 0, 0) if dlse is None else dlse.stride(),
+            call.S, exponent.numel(), call.H, value_dim, call.heads, rows, value, num_warps=4,
         )  # fmt: skip
         queries_kernel[call.grid(1)](
             *call.inputs, given, exponent, delta, dq, bounds, *call.strides, given.stride(), *call.sizes, *factors,

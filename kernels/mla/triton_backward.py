@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nam56r.kernels.mla.triton_forward import blocks, keys, load, locate, product, seen, store
+from nam56r.kernels.mla.triton_forward import blocks, keys, load, locate, product, queries, seen, store
 
 
 @triton.jit(do_not_specialize=("S", "count"))
@@ -83,11 +83,7 @@ def queries_kernel(
         tl.program_id(0), S, T, bounds, offset, H, HEADS, CAUSAL, ROWS
     )
     dn, dr, dv = tl.arange(0, BLOCK_DN), tl.arange(0, BLOCK_DR), tl.arange(0, BLOCK_DV)
-    at = q + sequence * q_at[0] + s.to(tl.int64) * q_at[1] + head.to(tl.int64) * q_at[2]
-    q_nope = load(at, dn, q_at[3], inside, DN, BLOCK_DN, True)
-    q_rope = q_nope
-    if DR:
-        q_rope = load(at + DN * q_at[3], dr, q_at[3], inside, DR, BLOCK_DR, True)
+    q_nope, q_rope = queries(q, q_at, sequence, s, head, inside, DN, DR, BLOCK_DN, BLOCK_DR)
     at = dout + sequence * dout_at[0] + s.to(tl.int64) * dout_at[1] + head.to(tl.int64) * dout_at[2]
     given = load(at, dv, dout_at[3], inside, DV, BLOCK_DV, True)
     at = (sequence * (H // HEADS) + group) * S * HEADS + row

@@ -132,6 +132,20 @@ def locate(program, S, T, bounds, offset, H, HEADS: tl.constexpr, CAUSAL: tl.con
     return sequence, group, row, s, group + row % HEADS, inside, first, end, lowest, inner_low, inner_high, highest
 
 
+@triton.jit
+def queries(
+    q, q_at, sequence, s, head, inside,
+    DN: tl.constexpr, DR: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_DR: tl.constexpr,
+):  # fmt: skip
+    """A tile's queries: nope [ROWS, BLOCK_DN] and rope [ROWS, BLOCK_DR], which is nope where there is none."""
+    at = q + sequence * q_at[0] + s.to(tl.int64) * q_at[1] + head.to(tl.int64) * q_at[2]
+    nope = load(at, tl.arange(0, BLOCK_DN), q_at[3], inside, DN, BLOCK_DN, True)
+    rope = nope
+    if DR:
+        rope = load(at + DN * q_at[3], tl.arange(0, BLOCK_DR), q_at[3], inside, DR, BLOCK_DR, True)
+    return nope, rope
+
+
 @triton.jit(do_not_specialize=("S", "T", "offset"))
 def forward_kernel(
     q, k_nope, k_rope, v, out, lse, exponent, rest, bounds,
@@ -144,12 +158,8 @@ def forward_kernel(
     sequence, group, row, s, head, inside, first, end, low, inner_low, inner_high, high = locate(
         tl.program_id(0), S, T, bounds, offset, H, HEADS, CAUSAL, ROWS
     )
-    dn, dr, dv = tl.arange(0, BLOCK_DN), tl.arange(0, BLOCK_DR), tl.arange(0, BLOCK_DV)
-    at = q + sequence * q_at[0] + s.to(tl.int64) * q_at[1] + head.to(tl.int64) * q_at[2]
-    q_nope = load(at, dn, q_at[3], inside, DN, BLOCK_DN, True)
-    q_rope = q_nope
-    if DR:
-        q_rope = load(at + DN * q_at[3], dr, q_at[3], inside, DR, BLOCK_DR, True)
+    dv = tl.arange(0, BLOCK_DV)
+    q_nope, q_rope = queries(q, q_at, sequence, s, head, inside, DN, DR, BLOCK_DN, BLOCK_DR)
     k_nope += sequence * n_at[0] + group.to(tl.int64) * n_at[2]
     k_rope += sequence * r_at[0]
     v += sequence * v_at[0] + group.to(tl.int64) * v_at[2]

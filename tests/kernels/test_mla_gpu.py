@@ -32,6 +32,10 @@ def expanded(B, S, H, dims, T=None, **options):
     return draw({"q": (B, S, H, Dn + Dr), "k_nope": (B, T, H, Dn), "k_rope": (B, T, Dr), "v": (B, T, H, Dv)}, **options)
 
 
+def operator_of(form):
+    return partial(latent_attention, value_dim=64) if form == "absorbed" else mla_attention
+
+
 def judge(x, scale=0.09, factor=2.0, **options):
     """Values and gradients of both results, out and lse; x may be several draws."""
     options = {"return_lse": True, "scale": scale, **options}
@@ -82,7 +86,7 @@ def test_offsets(form, S, T, offset, causal):
     x = latent(2, S, 8, T) if form == "absorbed" else expanded(2, S, 3, form, T)
     judge(x, query_offset=offset, causal=causal, return_lse=bool(offset >= 0))
     options = dict(scale=0.09, query_offset=offset, causal=causal, return_lse=True)
-    run = partial(latent_attention, value_dim=64) if form == "absorbed" else mla_attention
+    run = operator_of(form)
     with torch.no_grad():
         (out, lse), (_, exact) = (run(**x, **options, kernel=kernel) for kernel in ("cuda", "reference"))
     blind = exact == -torch.inf
@@ -92,7 +96,7 @@ def test_offsets(form, S, T, offset, causal):
 @pytest.mark.parametrize("form", ["absorbed", *EXPANDED], ids=str)
 def test_no_keys(form):
     x = latent(2, 5, 4, 0) if form == "absorbed" else expanded(2, 5, 4, form, 0)
-    run = partial(latent_attention, value_dim=64) if form == "absorbed" else mla_attention
+    run = operator_of(form)
     out, lse = run(**x, scale=0.1, return_lse=True, kernel="cuda")
     assert not out.any() and (lse == -torch.inf).all()
     assert not torch.autograd.grad(out.sum(), x["q"])[0].any()
@@ -102,7 +106,7 @@ def test_no_keys(form):
 @pytest.mark.parametrize("form", ["absorbed", *EXPANDED], ids=str)
 def test_no_queries(form, shape):
     x = latent(*shape, 3) if form == "absorbed" else expanded(*shape, form, 3)
-    run = partial(latent_attention, value_dim=64) if form == "absorbed" else mla_attention
+    run = operator_of(form)
     out = run(**x, scale=0.1, kernel="cuda")
     assert out.shape == (*shape, 64 if form == "absorbed" else form[2])
     assert not any(t.any() for t in torch.autograd.grad(out.sum(), list(x.values()), allow_unused=True))
@@ -155,16 +159,14 @@ def test_scores_that_rise(form, factor, dtype):
     """By some 2^13, which a weight may be; by 2^150 and more, for which a tile is done again."""
     judge(rising(form, factor, dtype))
     judge(rising(form, factor, dtype), cu_seqlens=packed([0, 30, 470, 500]))
-    run = partial(latent_attention, value_dim=64) if form == "absorbed" else mla_attention
-    same_bits(partial(run, scale=0.09, kernel="cuda"), rising(form, factor, dtype))
+    same_bits(partial(operator_of(form), scale=0.09, kernel="cuda"), rising(form, factor, dtype))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("form", ["absorbed", *EXPANDED], ids=str)
 def test_what_is_not_finite_stays_where_it_is(form, bad):
     """In one query it is in that query's row only; in one key, in the rows that see it."""
-    run = partial(latent_attention, value_dim=64) if form == "absorbed" else mla_attention
-    run = partial(run, scale=0.09, return_lse=True, kernel="cuda")
+    run = partial(operator_of(form), scale=0.09, return_lse=True, kernel="cuda")
     x = {name: t.detach() for name, t in rising(form, 1).items()}
     wanted = run(**x)
     # a key's last feature is no part of a value, which would spoil rows that don't see it: 0 times inf
@@ -213,15 +215,13 @@ def test_context_parallel():
 @pytest.mark.parametrize("form", ["absorbed", *EXPANDED], ids=str)
 def test_same_bits(form):
     x = latent(2, 1111, 32) if form == "absorbed" else expanded(2, 1111, 4, form)
-    run = partial(latent_attention, value_dim=64) if form == "absorbed" else mla_attention
-    same_bits(partial(run, scale=0.09, kernel="cuda"), x)
+    same_bits(partial(operator_of(form), scale=0.09, kernel="cuda"), x)
 
 
 @pytest.mark.parametrize("cu", [False, True])
 @pytest.mark.parametrize("form", ["absorbed", *EXPANDED], ids=str)
 def test_replays(form, cu):
-    run = partial(latent_attention, value_dim=64) if form == "absorbed" else mla_attention
-    run = partial(run, scale=0.09, return_lse=True, kernel="cuda")
+    run = partial(operator_of(form), scale=0.09, return_lse=True, kernel="cuda")
     make = (lambda seed: latent(1, 333, 8, seed=seed)) if form == "absorbed" else (
         lambda seed: expanded(1, 333, 2, form, seed=seed)
     )  # fmt: skip
@@ -252,7 +252,7 @@ def test_long_rows(form):
     x = latent(1, S, H) if form == "absorbed" else expanded(1, S, H, form)
     assert x["q"].numel() > 2**31
     bounds = packed([0, 100, S - 100, S])
-    run = partial(latent_attention, value_dim=64) if form == "absorbed" else mla_attention
+    run = operator_of(form)
     out = run(**x, scale=0.09, cu_seqlens=bounds, kernel="cuda")
     dout = torch.randn_like(out)
     gradients = dict(zip(x, torch.autograd.grad(out, list(x.values()), dout)))
