@@ -38,7 +38,8 @@ template <typename T, int n> struct Product;
 #define NAM56R_D8(is) NAM56R_D(is, 0)
 #define NAM56R_D16(is) NAM56R_D8(is), NAM56R_D(is, 1)
 #define NAM56R_D32(is) NAM56R_D16(is), NAM56R_D(is, 2), NAM56R_D(is, 3)
-#define NAM56R_D64(is) NAM56R_D32(is), NAM56R_D(is, 4), NAM56R_D(is, 5), NAM56R_D(is, 6), NAM56R_D(is, 7)
+#define NAM56R_D48(is) NAM56R_D32(is), NAM56R_D(is, 4), NAM56R_D(is, 5)
+#define NAM56R_D64(is) NAM56R_D48(is), NAM56R_D(is, 6), NAM56R_D(is, 7)
 #define NAM56R_D72(is) NAM56R_D64(is), NAM56R_D(is, 8)
 #define NAM56R_D128(is) \
   NAM56R_D64(is), NAM56R_D(is, 8), NAM56R_D(is, 9), NAM56R_D(is, 10), NAM56R_D(is, 11), NAM56R_D(is, 12), NAM56R_D(is, 13), \
@@ -82,8 +83,10 @@ template <typename T, int n> struct Product;
   ", %4, %5, %6, %7"
 #define NAM56R_LIST32 NAM56R_LIST16 \
   ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define NAM56R_LIST64 NAM56R_LIST32 \
-  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAM56R_LIST48 NAM56R_LIST32 \
+  ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define NAM56R_LIST64 NAM56R_LIST48 \
+  ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define NAM56R_LIST72 NAM56R_LIST64 \
   ", %32, %33, %34, %35"
 #define NAM56R_LIST128 NAM56R_LIST64 \
@@ -96,6 +99,7 @@ template <typename T, int n> struct Product;
   NAM56R_PRODUCT(T, type, 8, NAM56R_LIST8, "%4", "%5", "%6", "%7", "%8", "%9", "%10") \
   NAM56R_PRODUCT(T, type, 16, NAM56R_LIST16, "%8", "%9", "%10", "%11", "%12", "%13", "%14") \
   NAM56R_PRODUCT(T, type, 32, NAM56R_LIST32, "%16", "%17", "%18", "%19", "%20", "%21", "%22") \
+  NAM56R_PRODUCT(T, type, 48, NAM56R_LIST48, "%24", "%25", "%26", "%27", "%28", "%29", "%30") \
   NAM56R_PRODUCT(T, type, 64, NAM56R_LIST64, "%32", "%33", "%34", "%35", "%36", "%37", "%38") \
   NAM56R_PRODUCT(T, type, 72, NAM56R_LIST72, "%36", "%37", "%38", "%39", "%40", "%41", "%42") \
   NAM56R_PRODUCT(T, type, 128, NAM56R_LIST128, "%64", "%65", "%66", "%67", "%68", "%69", "%70") \

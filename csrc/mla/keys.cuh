@@ -2,7 +2,8 @@
 //
 // Tiling: a piece of work is 64 GROUPS keys of a head, or of all heads that share them, and a split of the rows that see them.
 // Scores are made transposed, [keys, rows], so that P^T and dS^T are operands as they lie in registers. The next rows' scores are
-// asked for together with the last rows' products; groups take turns as in forward.
+// asked for together with the last rows' sums, or with SUMS_FIRST when these have settled: fewer registers then hold more rows, and
+// what is read of the keys from shared memory, for every product, serves more of them. Groups take turns as in forward.
 // Where the value is the key's first part, dv is added to the same accumulators. Their sums over splits, and over the heads of a
 // shared rope key, are partial results in fp32, summed in a fixed order afterwards.
 // Shared memory: the keys, stages of q, dout and facts. Registers: dk, dv, scores, dP in fp32, P and dS as operands; with HELD
@@ -29,7 +30,7 @@ template <typename T, class Sh, class By = KeysBy<Sh>>
 __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_constant__ Arguments a, const __grid_constant__ Maps maps) {
 #if NAM56R_HOPPER
   constexpr int GROUPS = By::GROUPS, ROWS = By::ROWS, STAGES = By::STAGES, KEYS = 64 * GROUPS;
-  constexpr bool HELD = By::HELD;
+  constexpr bool HELD = By::HELD, SUMS_FIRST = By::SUMS_FIRST;
   extern __shared__ __align__(1024) char bytes[];
   auto& s = *reinterpret_cast<KeysShared<Sh, By>*>(bytes);
   if (threadIdx.x == 0) {
@@ -126,9 +127,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
     const auto times = [&](auto columns, auto& x, const auto& tile, const auto& of_keys) {
       const auto theirs = [&](int c) { return tile.descriptor(0, c); };
       if constexpr (HELD) {
-        Product<T, ROWS>::template held_first<kAcross>(x, key_held[0], theirs(0));
-#pragma unroll
-        for (int c = 16; c < columns; c += 16) Product<T, ROWS>::template held<kAcross>(x, key_held[c / 16], theirs(c));
+        multiply<T, columns>(x, key_held, theirs);
       } else {
         const int from = anew(group * 64);
         multiply<T, columns>(x, [&](int c) { return of_keys(from, c); }, theirs);
@@ -143,13 +142,16 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
     const auto dP = [&](const auto& stage) {
       times(Int<Sh::VALUE>{}, d, stage.dout, [&](int row, int c) { return s.keys.value().descriptor(row, c); });
     };
-    const auto weigh = [&](const auto& stage, int tile) {
+    float2 fact[ROWS / 8];
+    const auto facts = [&](const auto& stage, int which) {  // of the thread's columns
 #pragma unroll
-      for (int i = 0; i < ROWS / 8; ++i) {
-        const float2 two = *reinterpret_cast<const float2*>(&stage.facts[0][i * 8 + column]);
+      for (int i = 0; i < ROWS / 8; ++i) fact[i] = *reinterpret_cast<const float2*>(&stage.facts[which][i * 8 + column]);
+    };
+    const auto weigh = [&](int tile) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) p[i][e] = exp2_(p[i][e] * scale - (e % 2 ? two.y : two.x));
-      }
+      for (int i = 0; i < ROWS / 8; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) p[i][e] = exp2_(p[i][e] * scale - (e % 2 ? fact[i].y : fact[i].x));
       if (tile * ROWS < whole.first || tile * ROWS + ROWS > whole.end) {
 #pragma unroll
         for (int i = 0; i < ROWS / 8; ++i) {
@@ -162,14 +164,12 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
         }
       }
     };
-    const auto differ = [&](const auto& stage) {  // P and dS, as operands
+    const auto differ = [&] {  // P and dS, as operands
       pack<T>(held_p, p);
 #pragma unroll
-      for (int i = 0; i < ROWS / 8; ++i) {
-        const float2 two = *reinterpret_cast<const float2*>(&stage.facts[1][i * 8 + column]);
+      for (int i = 0; i < ROWS / 8; ++i)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) p[i][e] *= d[i][e] * a.scale - (e % 2 ? two.y : two.x);
-      }
+        for (int e = 0; e < 4; ++e) p[i][e] *= d[i][e] * a.scale - (e % 2 ? fact[i].y : fact[i].x);
       pack<T>(held_d, p);
     };
     const auto add = [&](const auto& stage) {
@@ -199,25 +199,36 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
       turns.hand_over();
       settle<1>();
       keep(p);
-      weigh(s.stage[now], first);
+      facts(s.stage[now], 0);
+      weigh(first);
       settle();
       keep(d);
-      differ(s.stage[now]);
+      facts(s.stage[now], 1);
+      differ();
       for (int tile = first + 1; tile < w.end; ++tile) {
         const int then = taken % STAGES;
         s.here[then].wait(taken / STAGES % 2), ++taken;
         turns.take();
         start();
+        if constexpr (SUMS_FIRST) {
+          add(s.stage[now]);
+          facts(s.stage[then], 0);  // later, scores and dP would leave hardly any of shared memory's time for it
+          leave(now);
+          start();
+        }
         scores(s.stage[then]);
-        add(s.stage[now]);
+        if constexpr (!SUMS_FIRST) add(s.stage[now]);
         dP(s.stage[then]);
         turns.hand_over();
-        settle<2>();
+        settle<SUMS_FIRST ? 1 : 2>();
         keep(p);
-        weigh(s.stage[then], tile);
-        leave(now);
+        if constexpr (!SUMS_FIRST) facts(s.stage[then], 0);
+        weigh(tile);
+        if constexpr (SUMS_FIRST) settle();
+        else leave(now);
         keep(d);
-        differ(s.stage[then]);
+        facts(s.stage[then], 1);
+        differ();
         now = then;
       }
       wait_at(kGroup + group, 128);  // all of the group have read the stage's facts

@@ -1,9 +1,9 @@
 // Attention, backward: dq = dS k, dS = scale P (dP - sum P dP), P = e^(scale q k^T - lse), dP = dout v^T.
 //
-// Tiling and work as in forward. The scores of the next keys are asked for together with dq's product of the last, dP after it:
-// the registers of three groups don't hold both dP and an operand in use.
+// Tiling and work as in forward. The scores of the next keys are asked for together with dq's product of the last, and dP too where
+// there is room: the registers of three groups don't hold both dP and an operand in use, so that it comes after.
 // Shared memory: tiles of q, which dq leaves through, and dout; stages of keys.
-// Registers: dq [64, KEY], scores and dP [64, KEYS] in fp32, dS [64, KEYS] in 16 bits as an operand.
+// Registers: dq [64, KEY], scores and dP [64, KEYS] in fp32, dS [64, KEYS] in 16 bits as an operand; where there is room, dout as one.
 // Bound: tensor cores, at the clock that power allows: docs/notes/mla.md.
 #pragma once
 
@@ -25,6 +25,7 @@ template <typename T, class Sh, class By = QueriesBy<Sh>>
 __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) queries(const __grid_constant__ Arguments a, const __grid_constant__ Maps maps) {
 #if NAM56R_HOPPER
   constexpr int GROUPS = By::GROUPS, KEYS = By::KEYS, ROWS = 64 * GROUPS;
+  constexpr bool ROOM = By::ROOM;
   extern __shared__ __align__(1024) char bytes[];
   auto& s = *reinterpret_cast<QueriesShared<Sh, By>*>(bytes);
   if (threadIdx.x == 0) {
@@ -90,6 +91,17 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) queries(const __gri
       }
     };
     float d[KEYS / 8][4];
+    unsigned dout[ROOM ? Sh::VALUE / 16 : 1][4];
+    if constexpr (ROOM) {
+#pragma unroll
+      for (int c = 0; c < Sh::VALUE / 16; ++c) s.dout.operand(dout[c], group * 64 + threadIdx.x % 128 / 32 * 16, c * 16);
+    }
+    const auto dP = [&](int from, const auto& stage) {
+      const auto value = [&](int c) { return stage.value().descriptor(0, c); };
+      if constexpr (ROOM) multiply<T, Sh::VALUE>(d, dout, value);
+      else multiply<T, Sh::VALUE>(d, [&](int c) { return s.dout.descriptor(from, c); }, value);
+      close();
+    };
     const auto differ = [&] {  // dS, as an operand
 #pragma unroll
       for (int i = 0; i < KEYS / 8; ++i)
@@ -117,8 +129,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) queries(const __gri
       start();
       scores_of<T, Sh>(p, s.q, group * 64, s.stage[now]);
       close();
-      dP_of<T, Sh>(d, s.dout, group * 64, s.stage[now]);
-      close();
+      dP(group * 64, s.stage[now]);
       settle<1>();
       keep(p);
       weigh(seen - 1);
@@ -132,14 +143,17 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) queries(const __gri
         scores_of<T, Sh>(p, s.q, from, s.stage[then]);
         close();
         add_keys(s.stage[now]);
+        if constexpr (ROOM) dP(from, s.stage[then]);
         turns.hand_over();
-        settle<1>();
+        settle<ROOM ? 2 : 1>();
         keep(p);
         weigh(j);
         leave(now);
-        start();
-        dP_of<T, Sh>(d, s.dout, from, s.stage[then]);
-        finish();
+        if constexpr (!ROOM) {
+          start();
+          dP(from, s.stage[then]);
+          settle();
+        }
         keep(d);
         differ();
         now = then;

@@ -39,27 +39,29 @@ struct Forward {
 template <int GROUPS_, int KEYS_, int STAGES_>
 struct Queries {
   static constexpr int GROUPS = GROUPS_, KEYS = KEYS_, STAGES = STAGES_;
+  static constexpr bool ROOM = GROUPS == 2;  // for dout in registers, and for dP beside the sums' operand
 };
-template <int GROUPS_, int ROWS_, int STAGES_, bool HELD_>
+template <int GROUPS_, int ROWS_, int STAGES_, bool HELD_, bool SUMS_FIRST_>
 struct Keys {
   static constexpr int GROUPS = GROUPS_, ROWS = ROWS_, STAGES = STAGES_;
-  static constexpr bool HELD = HELD_;  // the keys lie in registers
+  static constexpr bool HELD = HELD_;              // the keys lie in registers
+  static constexpr bool SUMS_FIRST = SUMS_FIRST_;  // sums settle before the next scores are asked for, whose place their operands take
 };
 template <class Sh> struct By;
 template <> struct By<Shape<64, 64, 64, true>> {
   using forward = Forward<3, 128, 4, 2>;
   using queries = Queries<3, 64, 4>;
-  using keys = Keys<2, 64, 4, true>;
+  using keys = Keys<2, 64, 4, true, false>;
 };
 template <> struct By<Shape<64, 64, 64, false>> {
   using forward = Forward<3, 128, 3, 1>;
   using queries = Queries<3, 64, 4>;
-  using keys = Keys<2, 64, 4, false>;
+  using keys = Keys<2, 64, 4, false, false>;
 };
 template <> struct By<Shape<128, 64, 128, false>> {
   using forward = Forward<3, 64, 3, 1>;
   using queries = Queries<2, 64, 3>;
-  using keys = Keys<2, 32, 4, false>;
+  using keys = Keys<2, 48, 4, false, true>;
 };
 template <class Sh> using ForwardBy = typename By<Sh>::forward;
 template <class Sh> using QueriesBy = typename By<Sh>::queries;
@@ -183,14 +185,17 @@ __device__ __forceinline__ void multiply(float (&d)[n][4], const A& a, const B& 
     else Product<T, 8 * n>::template shared<kAcross, 0>(d, a(0), b(0));
   }
 }
-// scores [64, KEYS]: rows of q from one on, times keys; dP: the same of dout and values
+// the same of a in registers
+template <typename T, int COLUMNS, int n, int m, class B>
+__device__ __forceinline__ void multiply(float (&d)[n][4], const unsigned (&a)[m][4], const B& b) {
+  Product<T, 8 * n>::template held_first<kAcross>(d, a[0], b(0));
+#pragma unroll
+  for (int c = 16; c < COLUMNS; c += 16) Product<T, 8 * n>::template held<kAcross>(d, a[c / 16], b(c));
+}
+// scores [64, KEYS]: rows of q from one on, times keys
 template <typename T, class Sh, int n, class Q, class StageT>
 __device__ __forceinline__ void scores_of(float (&s)[n][4], const Q& q, int row, const StageT& stage) {
   multiply<T, Sh::KEY>(s, [&](int c) { return q.descriptor(row, c); }, [&](int c) { return stage.key(0, c); });
-}
-template <typename T, class Sh, int n, class D, class StageT>
-__device__ __forceinline__ void dP_of(float (&d)[n][4], const D& dout, int row, const StageT& stage) {
-  multiply<T, Sh::VALUE>(d, [&](int c) { return dout.descriptor(row, c); }, [&](int c) { return stage.value().descriptor(0, c); });
 }
 
 // held: fp32 results [64, 8 n] in 16 bits, as an A operand
