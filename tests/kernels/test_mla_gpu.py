@@ -62,7 +62,10 @@ def test_absorbed(S, H, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dims", EXPANDED, ids=str)
-@pytest.mark.parametrize("S, H", [(1, 1), (2, 3), (7, 2), (64, 1), (65, 2), (130, 3), (977, 4), (129, 128)])
+@pytest.mark.parametrize(
+    "S, H",
+    [(1, 1), (2, 3), (7, 2), (47, 1), (48, 2), (49, 2), (64, 1), (65, 2), (97, 1), (130, 3), (977, 4), (129, 128)],
+)
 def test_expanded(S, H, dims, dtype):
     judge(expanded(2, S, H, dims, dtype=dtype))
 
