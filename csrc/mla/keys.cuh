@@ -31,6 +31,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
 #if NAM56R_HOPPER
   constexpr int GROUPS = By::GROUPS, ROWS = By::ROWS, STAGES = By::STAGES, KEYS = 64 * GROUPS;
   constexpr bool HELD = By::HELD, SUMS_FIRST = By::SUMS_FIRST;
+  static_assert(ROWS <= 64, "an element of a thread's scores has a bit in `hidden`");
   extern __shared__ __align__(1024) char bytes[];
   auto& s = *reinterpret_cast<KeysShared<Sh, By>*>(bytes);
   if (threadIdx.x == 0) {
@@ -153,15 +154,22 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
 #pragma unroll
         for (int e = 0; e < 4; ++e) p[i][e] = exp2_(p[i][e] * scale - (e % 2 ? fact[i].y : fact[i].x));
       if (tile * ROWS < whole.first || tile * ROWS + ROWS > whole.end) {
-#pragma unroll
+        constexpr int AT_ONCE = SUMS_FIRST ? 3 : ROWS / 8;  // or scores are spilled in every pass, masked or not
+        unsigned hidden = 0;
+#pragma unroll AT_ONCE
         for (int i = 0; i < ROWS / 8; ++i) {
           const int4 two = *reinterpret_cast<const int4*>(&a.seen[tile * ROWS + i * 8 + column]);
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const int k = key + e / 2 * 8;
-            if (k < (e % 2 ? two.z : two.x) || k >= (e % 2 ? two.w : two.y)) p[i][e] = 0.f;
+            hidden |= unsigned(k < (e % 2 ? two.z : two.x) || k >= (e % 2 ? two.w : two.y)) << (i * 4 + e);
           }
         }
+#pragma unroll
+        for (int i = 0; i < ROWS / 8; ++i)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            if (hidden >> (i * 4 + e) & 1) p[i][e] = 0.f;
       }
     };
     const auto differ = [&] {  // P and dS, as operands
