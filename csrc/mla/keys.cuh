@@ -8,6 +8,7 @@
 // shared rope key, are partial results in fp32, summed in a fixed order afterwards.
 // Shared memory: the keys, stages of q, dout and facts. Registers: dk, dv, scores, dP in fp32, P and dS as operands; with HELD
 // the keys as operands too, for shared memory would be busy all the time.
+// Bound: tensor cores, at the clock that power allows; with SUMS_FIRST shared memory, and the wait for sums: docs/notes/mla.md.
 #pragma once
 
 #include "mla/tiles.cuh"
