@@ -15,7 +15,7 @@ struct Arguments {
   const void* rest;   // the same: what out's rounding lost, in 16 bits; backward, or forward where it will be asked for
   const void* dout;   // the same
   const float* dlse;  // [B, S, H], or null
-  float* facts;       // [2, B, apart, padded]: log2 of a row's denominator; scale (dout out - dlse). Infinite, zero past the last row
+  float* facts;       // [2, B, apart, padded]: log2 of a row's denominator; scale (dout (out + rest) - dlse). Infinite, zero past the last
   int2* seen;         // [padded]: the keys that a row sees
   int* taken;         // how many pieces of work are taken, from 0
   float* partial;     // of dk: [splits, B, T, KEY] where the value is in the key, else of the rope key [B, T, H, ROPE]

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) forward(const __gri
   }
 
   take_registers<kMultiplying<GROUPS>>();
-  const int lane = threadIdx.x % 32, row = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4, column = lane % 4 * 2;
+  const int lane = threadIdx.x % 32, row = group * 64 + warp_row() + lane / 4, column = lane % 4 * 2;
   const bool first_of_group = threadIdx.x % 128 == 0;
   const float scale = a.scale * LOG2_E;
   const Turns<GROUPS> turns(group);

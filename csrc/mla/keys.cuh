@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
     constexpr int V = Sh::SHARED ? 0 : Sh::VALUE;
     float dk[Sh::KEY / 8][4] = {}, p[ROWS / 8][4];
     [[maybe_unused]] float dv[V / 8 + 1][4] = {};
-    const int key = w.key + group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;  // the thread's: key, key + 8
+    const int key = w.key + group * 64 + warp_row() + lane / 4;  // the thread's: key, key + 8
     Seen whole;  // the rows that see all of the group's keys
     int first;   // of the tiles, with a row that sees any
     {
@@ -109,9 +109,8 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
     if constexpr (HELD) {
 #pragma unroll
       for (int k = 0; k < Sh::KEY / 16; ++k) {
-        const int from = group * 64 + threadIdx.x % 128 / 32 * 16;
-        if (k * 16 < Sh::NOPE) s.keys.nope.operand(key_held[k], from, k * 16);
-        else s.keys.rope.operand(key_held[k], from, k * 16 - Sh::NOPE);
+        if (k * 16 < Sh::NOPE) s.keys.nope.operand(key_held[k], group * 64 + warp_row(), k * 16);
+        else s.keys.rope.operand(key_held[k], group * 64 + warp_row(), k * 16 - Sh::NOPE);
       }
       wait_at(kGroup + group, 128);
       if (first_of_group) s.keys_free.arrive();
@@ -173,7 +172,8 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
             if (hidden >> (i * 4 + e) & 1) p[i][e] = 0.f;
       }
     };
-    const auto differ = [&] {  // P and dS, as operands
+    const auto differ = [&](const auto& stage) {  // P and dS, as operands
+      facts(stage, 1);
       pack<T>(held_p, p);
 #pragma unroll
       for (int i = 0; i < ROWS / 8; ++i)
@@ -212,8 +212,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
       weigh(first);
       settle();
       keep(d);
-      facts(s.stage[now], 1);
-      differ();
+      differ(s.stage[now]);
       for (int tile = first + 1; tile < w.end; ++tile) {
         const int then = taken % STAGES;
         s.here[then].wait(taken / STAGES % 2), ++taken;
@@ -236,8 +235,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
         if constexpr (SUMS_FIRST) settle();
         else leave(now);
         keep(d);
-        facts(s.stage[then], 1);
-        differ();
+        differ(s.stage[then]);
         now = then;
       }
       wait_at(kGroup + group, 128);  // all of the group have read the stage's facts

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) queries(const __gri
     }
   }
   take_registers<kMultiplying<GROUPS>>();
-  const int lane = threadIdx.x % 32, row = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4, column = lane % 4 * 2;
+  const int lane = threadIdx.x % 32, row = group * 64 + warp_row() + lane / 4, column = lane % 4 * 2;
   const bool first_of_group = threadIdx.x % 128 == 0;
   const float scale = a.scale * LOG2_E;
   const Turns<GROUPS> turns(group);
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) queries(const __gri
     unsigned dout[ROOM ? Sh::VALUE / 16 : 1][4];
     if constexpr (ROOM) {
 #pragma unroll
-      for (int c = 0; c < Sh::VALUE / 16; ++c) s.dout.operand(dout[c], group * 64 + threadIdx.x % 128 / 32 * 16, c * 16);
+      for (int c = 0; c < Sh::VALUE / 16; ++c) s.dout.operand(dout[c], group * 64 + warp_row(), c * 16);
     }
     const auto dP = [&](int from, const auto& stage) {
       const auto value = [&](int c) { return stage.value().descriptor(0, c); };

@@ -45,7 +45,7 @@ template <int GROUPS_, int ROWS_, int STAGES_, bool HELD_, bool SUMS_FIRST_>
 struct Keys {
   static constexpr int GROUPS = GROUPS_, ROWS = ROWS_, STAGES = STAGES_;
   static constexpr bool HELD = HELD_;              // the keys lie in registers
-  static constexpr bool SUMS_FIRST = SUMS_FIRST_;  // sums settle before the next scores are asked for, whose place their operands take
+  static constexpr bool SUMS_FIRST = SUMS_FIRST_;  // sums settle, and the next scores take the place of their operands
 };
 template <class Sh> struct By;
 template <> struct By<Shape<64, 64, 64, true>> {
@@ -72,6 +72,9 @@ template <int GROUPS> constexpr int kMultiplying = GROUPS == 2 ? 240 : 160;
 template <int GROUPS> constexpr int kFetching = GROUPS == 2 ? 24 : 32;
 // Barriers by number: a group's turn at the tensor cores; a group's threads are at one point.
 constexpr int kTurn = 1, kGroup = 8;
+
+// Of a group's 64 rows, the first of the thread's warp's 16.
+__device__ inline int warp_row() { return threadIdx.x % 128 / 32 * 16; }
 
 // The groups' turns at the tensor cores: a group's products are asked for after those of the group before it.
 template <int GROUPS>
@@ -229,7 +232,7 @@ __device__ __forceinline__ void store_group(TileT& tile, const float (&x)[n][4],
       const float* from = &x[2 * i + e / 2][e % 2 * 2];
       o[e] = Pair<T>::pack(from[0], from[1]);
     }
-    tile.put_rows(o, group * 64 + threadIdx.x % 128 / 32 * 16, i * 16);
+    tile.put_rows(o, group * 64 + warp_row(), i * 16);
   }
   publish();
   wait_at(kGroup + group, 128);
