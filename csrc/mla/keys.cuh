@@ -112,8 +112,6 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
         if (k * 16 < Sh::NOPE) s.keys.nope.operand(key_held[k], group * 64 + warp_row(), k * 16);
         else s.keys.rope.operand(key_held[k], group * 64 + warp_row(), k * 16 - Sh::NOPE);
       }
-      wait_at(kGroup + group, 128);
-      if (first_of_group) s.keys_free.arrive();
     }
     const auto store_partial = [&](const auto& x, float* to, int stride) {
 #pragma unroll
@@ -212,6 +210,10 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
       weigh(first);
       settle();
       keep(d);
+      if constexpr (HELD) {  // only now: a load that was asked for before a barrier may still be under way behind it
+        wait_at(kGroup + group, 128);
+        if (first_of_group) s.keys_free.arrive();
+      }
       differ(s.stage[now]);
       for (int tile = first + 1; tile < w.end; ++tile) {
         const int then = taken % STAGES;
@@ -242,6 +244,8 @@ __global__ void __launch_bounds__(128 * (By::GROUPS + 1), 1) keys(const __grid_c
       start();
       add(s.stage[now]);
       leave(now);
+    } else if (HELD && first_of_group) {
+      s.keys_free.arrive();
     }
     if constexpr (Sh::SHARED) {
       if (!HELD && first_of_group) s.keys_free.arrive();

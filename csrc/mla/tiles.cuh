@@ -1,6 +1,7 @@
 // What the kernels of attention share: shapes, stages of keys, the order of the work, scores.
 #pragma once
 
+#include "hopper/groups.cuh"
 #include "hopper/wgmma.cuh"
 #include "mla/arguments.cuh"
 
@@ -70,24 +71,6 @@ template <class Sh> using KeysBy = typename By<Sh>::keys;
 // Registers a thread of what multiplies and of what fetches.
 template <int GROUPS> constexpr int kMultiplying = GROUPS == 2 ? 240 : 160;
 template <int GROUPS> constexpr int kFetching = GROUPS == 2 ? 24 : 32;
-// Barriers by number: a group's turn at the tensor cores; a group's threads are at one point.
-constexpr int kTurn = 1, kGroup = 8;
-
-// Of a group's 64 rows, the first of the thread's warp's 16.
-__device__ inline int warp_row() { return threadIdx.x % 128 / 32 * 16; }
-
-// The groups' turns at the tensor cores: a group's products are asked for after those of the group before it.
-template <int GROUPS>
-struct Turns {
-  int mine, next;
-
-  __device__ explicit Turns(int group) : mine(kTurn + group), next(kTurn + (group + 1) % GROUPS) {
-    if (group == GROUPS - 1) hand_over();
-  }
-  __device__ void take() const { wait_at(mine, 256); }
-  __device__ void hand_over() const { arrive_at(next, 256); }
-};
-
 // The pieces of work: `each` of every head of every batch, the long ones first; `together` heads at a time, whose keys the L2
 // cache can hold. Blocks take the next one when they are ready for it, which says nothing of the results: a piece's are its own.
 struct Pieces {
@@ -137,9 +120,6 @@ struct RowTiles {
   // What all of the 64 rows from one on see.
   __device__ Seen by_all(int row) const { return {seen_by(a, token(row + 63)).first, seen_by(a, token(row)).end}; }
 };
-
-// The same in every thread, and to the compiler a new value: or it makes all descriptors of a loop before it, and spills them.
-__device__ inline int anew(int x) { return __shfl_sync(~0u, x, 0); }
 
 template <int COLUMNS, class TileT>
 __device__ inline void fetch(Arrival& here, TileT& tile, const TensorMap& map, int row, int head, int batch) {
