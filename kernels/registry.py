@@ -129,9 +129,9 @@ class Kernel:
     """One implementation of one operator.
 
     refuses(problem) gives the reasons why it can't run a problem; none means that it can.
-    role: "fast" is chosen freely, though `triton` on a CPU, which is interpreted, only by name; "development" (readable
-    references) is chosen freely on a CPU, on CUDA only by name; "peer" (other projects' kernels, registered by the
-    bench) only by name.
+    role: "fast" is chosen freely, though `triton…` on a CPU, which is interpreted, only by name; "development"
+    (readable references) is chosen freely on a CPU, on CUDA only by name; "peer" (other projects' kernels, registered
+    by the bench) only by name.
     """
 
     operator: str
@@ -143,7 +143,7 @@ class Kernel:
     def reasons(self, problem: Problem, *, by_name: bool) -> tuple[str, ...]:
         """Why this kernel won't be taken for the problem, its role included."""
         reasons, cpu = self.refuses(problem), problem.device.type == "cpu"
-        interpreted = cpu and self.name == "triton"
+        interpreted = cpu and self.name.startswith("triton")
         if by_name or (self.role == "development" and cpu) or (self.role == "fast" and not interpreted):
             return reasons
         what = {

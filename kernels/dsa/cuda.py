@@ -1,0 +1,64 @@
+"""The binding to csrc/dsa: the indexer's selection.
+
+It is made of wgmma and TMA, so it runs on compute capability 9.0 only, from code that the extension holds.
+
+Memory: indices, and for every block that runs at once, one a processor, a list of candidates for each of the queries it
+holds: 8 bytes times 2 top_k + 512 times up to 32, 35 MB in all at top_k 256 and 156 MB at 2048, at any S.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nam56r.kernels import extension
+from nam56r.kernels.dsa.status import flag
+from nam56r.kernels.registry import Problem
+
+DTYPES = (torch.bfloat16, torch.float16)
+DIMS = (32, 64, 128)
+HEADS, TOP_K = 128, 4096
+CAPABILITY = (9, 0)
+MOST = 2**30  # queries and keys
+REGISTERED = extension.has("dsa_index")
+
+
+def index_top_k(q, k, weights, top_k, *, cu_seqlens):
+    """See `nam56r.kernels.dsa.index_top_k`."""
+    inputs = (t.detach() for t in (q, k, weights.float()))
+    return torch.ops.nam56r.dsa_index(*inputs, top_k, cu_seqlens, flag(q.device))
+
+
+def refuses(problem: Problem) -> tuple[str, ...]:
+    """The reasons why the kernel can't take a problem of `index_top_k`."""
+    if missing := extension.missing(problem):
+        return missing
+    if not REGISTERED:
+        return ("CUDA extension built from older sources, without the indexer: install the package again",)
+    device, q, reasons = problem.device, problem["q"], []
+    if device.capability != CAPABILITY:
+        major, minor = device.capability
+        reasons.append(f"{device.name} is sm_{major}{minor}, but the CUDA kernel takes sm_90 (H100, H200)")
+    if "90a" not in extension.archs():
+        have = ", ".join(f"sm_{arch}" for arch in extension.archs())
+        reasons.append(
+            f"CUDA extension built for {have}, but the CUDA kernel is sm_90a: install with NAM56R_CUDA_ARCHS=90a"
+        )
+    if q.dtype not in DTYPES:
+        reasons.append(f"q is {q.dtype}, but the CUDA kernel takes bfloat16 or float16")
+    B, S, heads, dim = q.shape
+    if not 1 <= heads <= HEADS:
+        reasons.append(f"Hi = {heads}, but the CUDA kernel takes 1 to {HEADS}")
+    if dim not in DIMS:
+        reasons.append(f"Di = {dim}, but the CUDA kernel takes {', '.join(map(str, DIMS))}")
+    if problem["top_k"] > TOP_K:
+        reasons.append(f"top_k = {problem['top_k']}, but the CUDA kernel takes up to {TOP_K}")
+    if B * S >= MOST:
+        reasons.append(f"B · S = {B * S}, but the CUDA kernel counts up to {MOST - 1}")
+    return tuple(reasons)
+
+
+if REGISTERED:
+    torch.library.register_fake(
+        "nam56r::dsa_index",
+        lambda q, k, weights, top_k, cu_seqlens, status: q.new_empty((*q.shape[:2], top_k), dtype=torch.int32),
+    )
