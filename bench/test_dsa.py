@@ -2,8 +2,8 @@
 
 The whole is index, select and attend; backward too, the indexer's KL loss is in it. Its peers are dense attention by
 cuDNN, which needs no indexer, on keys and values written out for every head beforehand and, named -mqa, on one head that
-all share; and Megatron without fused kernels, whose scores are stored, as far as memory goes. "triton_atomic" is ours
-with dkv and dk added up by atomics. Inputs are random: what queries choose is spread over all keys.
+all share; and Megatron without fused kernels, whose scores are stored, as far as memory goes. "triton_atomic", which has
+a record of its own, adds up dkv and dk by atomics. Inputs are random: what queries choose is spread over all keys.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from nam56r.kernels.dsa import index_top_k, indexer_kl_loss, sparse_latent_atten
 L, ROPE, H, HI, DI = 64, 64, 32, 32, 64  # the recipe's
 SCALE = (L + ROPE) ** -0.5
 MEGATRON, CUDNN = "peer:megatron", "peer:cudnn"
+KERNELS = "triton", "triton_atomic"
 LONGEST = 16384  # that Megatron's scores are tried for; and a backward pass beside dense attention, 65536
 
 
@@ -104,7 +105,8 @@ def test_attention(measure, case):
         return sparse_latent_attention(*leaves, indices, value_dim=L, scale=SCALE, kernel=name)[0]
 
     flops = case.flops(index=False, attention=True, loss=False)
-    measure("sparse_latent_attention", case.name, "triton", run, grad=leaves, flops=flops, peers=("triton_atomic",))
+    for kernel in KERNELS:
+        measure("sparse_latent_attention", case.name, kernel, run, grad=leaves, flops=flops)
 
 
 @pytest.mark.parametrize("case", SHORT, ids=ids)
@@ -118,7 +120,8 @@ def test_loss(measure, case):
         return indexer_kl_loss(**x, indices=indices, lse=lse, scale=SCALE, kernel=name)
 
     flops = case.flops(index=False, attention=False, loss=True)
-    measure("indexer_kl_loss", case.name, "triton", run, grad=leaves, flops=flops, peers=("triton_atomic",))
+    for kernel in KERNELS:
+        measure("indexer_kl_loss", case.name, kernel, run, grad=leaves, flops=flops)
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
@@ -155,6 +158,7 @@ def test_whole(measure, case):
         return (dense(x["q"], *expanded[name], SCALE),) if name in expanded else ours(name)
 
     leaves = [*x.values(), *(t for tensors in expanded.values() for t in tensors)] if backward else []
-    peers = ("triton_atomic", *expanded, *((MEGATRON,) if case.S <= 4096 else ()))
+    peers = (*expanded, *((MEGATRON,) if case.S <= 4096 else ()))
     flops = case.flops(index=True, attention=True, loss=True)
-    measure("sparse_latent_attention", f"{case.name} whole", "triton", run, grad=leaves, flops=flops, peers=peers)
+    for kernel, beside in zip(KERNELS, (peers, ())):
+        measure("sparse_latent_attention", f"{case.name} whole", kernel, run, grad=leaves, flops=flops, peers=beside)
