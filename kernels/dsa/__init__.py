@@ -31,8 +31,8 @@ def index_top_k(
     cu_seqlens  [n + 1] int32, sequences packed into one row (B = 1); a query's keys stay within its sequence
     kernel      a name from the registry; None takes the first that accepts the problem
     Returns indices [B, S, top_k] int32: the chosen positions in S (with cu_seqlens too: in the packed row, not in the
-    sequence), ascending, then -1 where there are no more keys. A key whose score is NaN is never chosen; -inf is a
-    score like others, the lowest. No gradient.
+    sequence), ascending, then -1 where there are no more keys. A key whose score is NaN is never chosen, and sets a flag
+    on the device (`status.nan_scores`); -inf is a score like others, the lowest. No gradient.
     Raises ValueError or TypeError, naming the argument, when shapes, dtypes or devices disagree; NoKernel, listing
     each candidate's reasons, when none can run it.
     """

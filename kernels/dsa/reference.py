@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from nam56r.kernels.dsa.status import flag
+
 BLOCK = 128
 
 
@@ -24,7 +26,9 @@ def index_top_k(q, k, weights, top_k, *, cu_seqlens=None, compute_dtype=None):
     chosen = []
     for t in _blocks(length):
         score = index_scores(q[:, t], k, weights[:, t])  # [B, T, S]
-        may = (position <= position[t, None]) & (position >= start[t, None]) & ~score.isnan()
+        seen = (position <= position[t, None]) & (position >= start[t, None])
+        flag(q.device).bitwise_or_((seen & score.isnan()).any())
+        may = seen & ~score.isnan()
         order = score.masked_fill(~may, -torch.inf).argsort(dim=-1, descending=True, stable=True)
         last = (~may).gather(-1, order).to(torch.uint8).argsort(dim=-1, stable=True)  # behind the keys that score -inf
         order = order.gather(-1, last)[..., :top_k]

@@ -44,6 +44,7 @@ def place(tmp_path_factory):
         {"name": "stopped-resumed", "options": options("stopped", resume=True)},
         {"name": "two", "options": options("two"), "ranks": 2},
         {"name": "diverged", "options": options("diverged", lr=1e30, warmup_steps=0, save_every=1)},
+        {"name": "odd", "options": options("odd", save_every=1), "kill": "score 2", "ranks": 2},
     ]
     (place / "runs.json").write_text(json.dumps(runs))
     worker = Path(__file__).with_name("train_worker.py")
@@ -122,6 +123,13 @@ def test_a_loss_that_is_no_number_stops_the_run(place):
     assert "Diverged: step 2: the LM loss is nan. Stopped; " in diverged["said"], diverged["said"]
     assert "step_00000001 is whole" in diverged["said"]
     assert len(losses(place / "diverged")) == 1
+
+
+def test_an_index_score_that_is_no_number_stops_every_process(place):
+    odd = result(place, "odd")
+    assert odd["codes"] == [1, 1], odd["said"]
+    assert odd["said"].count("Diverged: step 2: an index score of sparse attention is NaN.") == 2, odd["said"]
+    assert len(losses(place / "odd")) == 1
 
 
 def test_refusals_before_anything_is_built(place):

@@ -13,8 +13,10 @@ import socket
 import sys
 from pathlib import Path
 
+import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from nam56r.kernels.dsa.status import flag
 from nam56r.megatron.samples import Samples
 from nam56r.recipe import Recipe
 from nam56r.train import TrainOptions, run
@@ -40,14 +42,18 @@ def die(number: int = signal.SIGKILL) -> None:
 
 def arrange(kill: str) -> None:
     """Where to die: "read 7" while sample 7 is read, "write 2" in the middle of the second checkpoint's file;
-    "stop 7" asks to stop, as Ctrl-C does, at sample 7."""
+    "stop 7" asks to stop, as Ctrl-C does, at sample 7; at "score 7" the second process has
+    an index score that is NaN."""
     moment, number = kill.split()
-    if moment in ("read", "stop"):
+    if moment in ("read", "stop", "score"):
         read = Samples.microbatch
 
         def microbatch(self: Samples, first: int, size: int) -> dict:
             if first <= int(number) < first + size:
-                die(signal.SIGKILL if moment == "read" else signal.SIGINT)
+                if moment == "score":
+                    flag(torch.device("cpu")).fill_(int(os.environ["RANK"]))  # of the second process only
+                else:
+                    die(signal.SIGKILL if moment == "read" else signal.SIGINT)
             return read(self, first, size)
 
         Samples.microbatch = microbatch
