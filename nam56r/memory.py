@@ -2,7 +2,7 @@
 pipeline rank.
 
 An estimate to refuse with, not a measurement: it adds what lives through the step (weights, gradients, optimizer), what
-the forward keeps for the backward, and the largest workspace of the loss. Activations are counted per token as plain
+the forward keeps for the backward, and the largest workspaces of the loss and of a layer's backward. Activations are counted per token as plain
 modules keep them; the history that a kernel keeps of its own is added where it runs.
 """
 
@@ -18,6 +18,7 @@ from typing import Literal, get_args
 import torch
 
 from nam56r import parameters
+from nam56r.kernels.dsa import by_key
 from nam56r.kernels.m2rnn.cuda import chunk_of, row_blocks
 from nam56r.kernels.registry import DEVICES, Device
 from nam56r.kernels.ssd.sizes import MAMBA2, MIMO, SISO, sizes_of
@@ -29,6 +30,7 @@ GIB = 2**30
 RUNTIME = 1 * GIB  # interpreter, libraries, a CUDA context, the allocator's slack
 LOGITS_BLOCK = 3 * 2**27  # three blocks of 2^25 fp32 logits, as the chunked loss holds them
 CHUNK = 64  # steps (mamba3: steps × rank) between the states that a reference scan keeps
+SPARSE = ("triton", "triton_atomic")  # kernels of sparse attention and of the indexer's loss
 Recompute = Literal["none", "full"]
 
 
@@ -48,10 +50,12 @@ class Held:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on one device. by_family has every name of `parameters.FAMILIES`; logits is the loss's share."""
+    """Bytes on one device. by_family has every name of `parameters.FAMILIES`; logits is the loss's share; workspace is
+    the most that one layer's backward takes and gives back."""
 
     by_family: dict[str, Held]
     logits: int
+    workspace: int = 0
     runtime: int = RUNTIME
 
     @property
@@ -73,7 +77,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        return sum(held.total for held in self.by_family.values()) + self.logits + self.runtime
+        return sum(held.total for held in self.by_family.values()) + self.logits + self.workspace + self.runtime
 
     def __str__(self) -> str:
         parts = {
@@ -82,6 +86,7 @@ class Estimate:
             "optimizer": self.optimizer,
             "activations": sum(self.activations.values()),
             "logits": self.logits,
+            "workspace": self.workspace,
             "runtime": self.runtime,
         }
         return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
@@ -160,6 +165,7 @@ def stages(
             Estimate(
                 {family: model.held(weights[family], owned[family], activations[family]) for family in FAMILIES},
                 logits=counts[-1] * model.logits() if last else 0,
+                workspace=max(chunk.workspace for chunk in chunks),
             )
         )
     return tuple(ranks)
@@ -241,11 +247,13 @@ def _check_layout(recipe: Recipe, segments: Sequence[Sequence[int]], recompute: 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """One segment: parameters and, for one microbatch, bytes kept, by family; the working set of a recomputed layer."""
+    """One segment: parameters and, for one microbatch, bytes kept, by family; the working set of a recomputed layer; the
+    most that a layer's backward takes for itself."""
 
     parameters: dict[str, tuple[int, int]]
     kept: dict[str, int]
     working: tuple[str, int]
+    workspace: int
 
 
 @dataclass(frozen=True)
@@ -298,7 +306,9 @@ class _Model:
         if routed:
             number, own = owned["moe"]
             owned["moe"] = number + routed, own + routed // self._expert_shards
-        return _Chunk(owned, kept, working)
+        slots = (self.plan.slots[number - 1] for number in layers)
+        workspace = max((_workspace(recipe, slot, self.tokens, self.element) for slot in slots), default=0)
+        return _Chunk(owned, kept, working, workspace)
 
     @property
     def _expert_shards(self) -> int:
@@ -378,21 +388,40 @@ def _mla(recipe: Recipe, plan: Plan, part: Part, element: int) -> float:
 
 
 def _dsa(recipe: Recipe, plan: Plan, slot: Slot, element: int) -> float:
-    """As MLA in latent form (q, out over the latent), and the indexer's q, k, weights and indices."""
+    """As MLA in latent form; the indexer's q and weights, its k before and after the norm, and indices. Of our kernels
+    the attention keeps its exponents and what out's rounding to 16 bits lost; the loss, the slopes of the index scores.
+    """
     a, s, heads = recipe.mla, recipe.dsa, recipe.mla.num_heads / plan.tensor_parallel
-    latent = a.kv_lora_rank + a.qk_rope_head_dim
+    nope, rope, value, latent = a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim, a.kv_lora_rank
+    outputs = 1 + (plan.micro_batch > 1)  # once more in Megatron's order, where that is another
+    kept: float = element * 2 * (a.q_lora_rank + latent + rope)
+    kept += element * heads * (nope + rope + latent + rope + outputs * latent + value)
+    attention, loss = (slot.kernels.get(operator) for operator in ("sparse_latent_attention", "indexer_kl_loss"))
     top_k = min(s.top_k, recipe.seq_length)
-    indexer = slot.layer in recipe.indexer_layers
-    q_heads = heads * (2 * (a.qk_nope_head_dim + a.qk_rope_head_dim) + latent + a.kv_lora_rank + a.v_head_dim)
-    kept = element * (2 * (a.q_lora_rank + latent) + q_heads)
-    if slot.kernels.get("sparse_latent_attention") == "reference":
-        kept += 4 * (top_k * (latent + 2 * heads) + heads * latent)  # gathered keys, scores, fp32 q
-    if indexer:
-        kept += element * (2 * s.index_num_heads * s.index_head_dim + 2 * s.index_head_dim + s.index_num_heads)
-        kept += 4 * s.top_k
-        if slot.kernels.get("indexer_kl_loss") == "reference":
+    if attention in SPARSE:
+        kept += 4 * heads + (element * heads * latent if element == 2 else 0)
+    if attention == "reference":
+        kept += 4 * (top_k * (latent + rope + 2 * heads) + heads * (latent + rope))  # gathered keys, scores, fp32 q
+    if slot.layer in recipe.indexer_layers:
+        kept += element * (s.index_num_heads * (s.index_head_dim + 1) + 2 * s.index_head_dim) + 4 * s.top_k
+        if loss in SPARSE:
+            kept += 4 * s.top_k
+        if loss == "reference":
             kept += 4 * top_k * (s.index_head_dim + 2 * s.index_num_heads + 4)
     return kept
+
+
+def _workspace(recipe: Recipe, slot: Slot, tokens: float, element: int) -> int:
+    """Bytes that a layer's backward takes of its own: of sparse attention or of the indexer's loss the keys' gradient in
+    fp32, and where it is summed in one order, rows of gradient."""
+    attention, loss = recipe.mla.kv_lora_rank + recipe.mla.qk_rope_head_dim, recipe.dsa.index_head_dim
+    most = 0
+    for operator, width in (("sparse_latent_attention", attention), ("indexer_kl_loss", loss)):
+        if slot.role == "dsa" and slot.kernels.get(operator) in SPARSE:
+            ordered = slot.kernels[operator] == SPARSE[0]
+            rows = by_key.buffer_bytes(int(tokens), recipe.dsa.top_k, width * element) if ordered else 0
+            most = max(most, int(tokens) * width * 4 + rows)
+    return most
 
 
 def _moe(recipe: Recipe, plan: Plan, slot: Slot, element: int) -> float:

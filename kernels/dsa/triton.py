@@ -1,4 +1,4 @@
-"""Sparse absorbed attention in Triton, from sm_80 on, for latents up to 512: operator, launches, sizes.
+"""Sparse absorbed attention in Triton, from sm_80 on, for latents up to 512 in steps of 16: operator, launches, sizes.
 
 attention_kernels.py says how; no key is gathered or expanded in memory. fp32 is true fp32, without tensor cores, for
 checks rather than speed.
@@ -9,7 +9,7 @@ order, so that bits differ from run to run, and needs no buffer.
 
 Memory beside inputs, outputs and gradients: 4 bytes a head and query for exponent, and in 16 bits as much as out for
 what its rounding lost; in the backward kv in fp32, the buffer, about 40 bytes a pair of a chunk to sort them, and as
-much as exponent for delta where the heads aren't one block.
+much as exponent for delta where the heads aren't one block. In both a copy of what `aligned` has to copy.
 """
 
 from __future__ import annotations

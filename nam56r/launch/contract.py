@@ -87,6 +87,7 @@ class RankMemory(Frozen):
     optimizer: int
     activations: dict[str, int]
     logits: int
+    workspace: int
     runtime: int
     total: int
 
@@ -332,6 +333,7 @@ def _memory(f: Facts) -> tuple[RankMemory, ...]:
             optimizer=estimate.optimizer,
             activations=estimate.activations,
             logits=estimate.logits,
+            workspace=estimate.workspace,
             runtime=estimate.runtime,
             total=estimate.total,
         )

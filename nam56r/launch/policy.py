@@ -71,7 +71,7 @@ def graphs(f: Facts) -> Iterator[Check]:
         not slow,
         "; ".join(f"{kernel} at {', '.join(at)}" for kernel, at in slow.items()) or "no development kernel is used",
         "development kernels (references) read the host or allocate as the data says: they aren't held to capture",
-        "kernels of another role, once there are some",
+        "kernels of another role",
     )
     settings = [f"{name} = {value}" for name, value in p.environment.items() if purpose(name) == "allocator"]
     expandable = any("expandable_segments:True" in setting for setting in settings)
@@ -237,7 +237,7 @@ def fits(f: Facts) -> Iterator[Check]:
         name="memory",
         passed=passed,
         value=value,
-        rule="weights, gradients, optimizer, activations and logits fit (estimated, without a graph pool or fragmentation)",
+        rule="weights, gradients, optimizer, activations and buffers fit (estimated, without a graph pool or fragmentation)",
         remedy=remedy,
     )
 

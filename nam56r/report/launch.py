@@ -72,10 +72,11 @@ def _profile(c: LaunchContract, width: int) -> Iterator[str]:
 def _memory(c: LaunchContract, width: int) -> Iterator[str]:
     if not c.memory:
         return
-    yield "  rank   weights  gradients  optimizer  activations  logits  runtime   total"
+    yield "  rank   weights  gradients  optimizer  activations  buffers  runtime  total"
     for rank in c.memory:
-        sizes = (rank.weights, rank.gradients, rank.optimizer, sum(rank.activations.values()), rank.logits)
-        cells = zip((*sizes, rank.runtime, rank.total), (10, 11, 11, 13, 8, 9, 8), strict=True)
+        held = rank.weights, rank.gradients, rank.optimizer, sum(rank.activations.values())
+        sizes = (*held, rank.logits + rank.workspace, rank.runtime, rank.total)
+        cells = zip(sizes, (10, 11, 11, 13, 9, 9, 7), strict=True)
         yield f"  {rank.rank:>4}" + "".join(f"{size / memory.GIB:>{width}.1f}" for size, width in cells)
     if c.memory_available is not None:
         yield f"  available to a process: {c.memory_available / memory.GIB:.1f}"

@@ -231,7 +231,7 @@ def _memory(plan: Plan, recipe: Recipe, device: Device) -> list[Html]:
         for family, held in estimated.by_family.items()
         if held.total
     ]
-    rows += [("logits", (0, 0, estimated.logits)), ("runtime", (0, 0, estimated.runtime))]
+    rows += [(name, (0, 0, getattr(estimated, name))) for name in ("logits", "workspace", "runtime")]
     of = ""
     if device.memory_gib:
         than = ", more than" if estimated.total > device.memory_gib * GIB else " of"
@@ -312,13 +312,14 @@ CSS = """
 .mamba { --tint: #cdeed3; --edge: #1f7a3a } .m2rnn { --tint: #ead6f7; --edge: #7a3aa8 }
 .mtp { --tint: #d0eef3; --edge: #0f6f80 } .head { --tint: #e6e6ea; --edge: #5a5a66 }
 .embedding { --tint: #f3e3d8; --edge: #8a5a3a } .norm { --tint: #eeeee0; --edge: #77733a }
-.logits, .runtime { --tint: #e6e6ea; --edge: #5a5a66 }
+.logits, .workspace, .runtime { --tint: #e6e6ea; --edge: #5a5a66 }
 @media (prefers-color-scheme: dark) {
   :root { --page: #16161a; --ink: #f0f0f3; --soft: #b4b4be; --rule: #3b3b44; --hatch: rgb(255 255 255 / .13);
     --bad: #ff9d9d; --good: #86e0a0; }
   .attention { --tint: #17335f; --edge: #7fb0ff } .moe { --tint: #4d2f0c; --edge: #ffb566 }
   .mamba { --tint: #14401f; --edge: #7ddc93 } .m2rnn { --tint: #3f2256; --edge: #d39cf5 }
-  .mtp { --tint: #0f3d45; --edge: #6fd5e6 } .head, .logits, .runtime { --tint: #35353d; --edge: #b8b8c4 }
+  .mtp { --tint: #0f3d45; --edge: #6fd5e6 }
+  .head, .logits, .workspace, .runtime { --tint: #35353d; --edge: #b8b8c4 }
   .embedding { --tint: #46301f; --edge: #e0b08a } .norm { --tint: #3a3920; --edge: #d8d38a }
 }
 * { box-sizing: border-box }

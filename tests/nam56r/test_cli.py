@@ -116,28 +116,30 @@ def test_data_build_and_inspect(tmp_path):
     assert cut.stderr == f"nam56r: {tmp_path}/set/code.bin is truncated: expected 32 bytes, found 7\n"
 
 
-def test_plan_json_of_the_production_recipe():
-    done = process("plan", "--recipe", "nam56r", "--device", "h200", "--json")
-    assert (done.returncode, done.stderr) == (3, "")
+@pytest.mark.parametrize("device, accepted", [("h200", True), ("a100", False)])
+def test_plan_json_of_the_production_recipe(device, accepted):
+    done = process("plan", "--recipe", "nam56r", "--device", device, "--json")
+    assert (done.returncode, done.stderr) == (0 if accepted else 3, "")
     found = json.loads(done.stdout)
-    assert found["recipe"] == "nam56r" and found["device"] == "h200" and found["accepted"] is False
+    assert found["recipe"] == "nam56r" and found["device"] == device and found["accepted"] is accepted
     assert found["counts"] == {"A": 13, "E": 22, "M": 13, "R": 4}
     refused = {refusal["layer"] for refusal in found["refusals"]}
-    roles = {slot["layer"]: slot["role"] for slot in found["slots"]}
-    assert refused == {layer for layer, role in roles.items() if role == "dsa"}
+    roles = {role: {slot["layer"] for slot in found["slots"] if slot["role"] == role} for role in ("mla", "dsa")}
+    assert not refused if accepted else refused >= roles["dsa"] and not refused & roles["mla"]
     assert all(refusal["reasons"] for refusal in found["refusals"])
 
 
 def test_a_refused_plan_is_a_table_and_exit_code_3():
-    result = call("plan", "--recipe", "nam56r", "--device", "h200")
+    result = call("plan", "--recipe", "nam56r", "--device", "a100")
     assert result.exit_code == 3
-    assert "nam56r on h200, bfloat16, micro-batch 1, TP 1: refused" in result.stdout
+    assert "nam56r on a100, bfloat16, micro-batch 1, TP 1: refused" in result.stdout
     assert "13 A (9 sparse), 22 E, 13 M, 4 R, 2 MTP" in result.stdout
     assert "A dsa  layers 5 9 13 21 25 29 37 41 45" in result.stdout
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--recipe", "nam56r-tiny", "--device", "cpu"], ["--device", "h200", *REFERENCES]]
+    "arguments",
+    [["--recipe", "nam56r-tiny", "--device", "cpu"], ["--device", "h200"], ["--device", "h200", *REFERENCES]],
 )
 def test_an_accepted_plan_is_exit_code_0(arguments):
     result = call("plan", *arguments)

@@ -17,7 +17,8 @@ from dense_worker import build, hidden, packed_row, recipe_of, run  # noqa: E402
 from parallel_worker import small_recipe  # noqa: E402
 
 pytestmark = pytest.mark.gpu
-REFERENCES = dict.fromkeys(("index_top_k", "sparse_latent_attention", "indexer_kl_loss"), "reference")
+SPARSE = {"index_top_k": "cuda", "sparse_latent_attention": "triton", "indexer_kl_loss": "triton"}
+REFERENCES = dict.fromkeys(SPARSE, "reference")
 
 
 def recipe_for_cuda():
@@ -111,6 +112,13 @@ def test_training_with_dense_attention_in_both_forms(groups):
         for operator in ATTENTION.values()
     )
     torch.testing.assert_close(absorbed, expanded, rtol=2e-2, atol=0)
+
+
+def test_training_with_sparse_attention_s_kernels(groups):
+    """It goes as with the references, as far as bf16 weights, routing and the selection of keys do."""
+    recipe = at_the_recipes_dims(small_recipe, "mamba.headdim=32", "mamba.d_state=32", "dsa.index_head_dim=64")
+    fast, slow = (torch.tensor(steps(engine(groups, recipe, **names), recipe, range(6))) for names in (SPARSE, {}))
+    torch.testing.assert_close(fast, slow, rtol=2e-2, atol=0)
 
 
 def dense_layer(device, form, dtype=torch.bfloat16, like=None, **kernels):

@@ -223,7 +223,7 @@ ONE_FAULT = [
     ("cpu-x2", ["pp=2"], "entry", "pp = 2"),
     ("cpu", ["kernels.m2rnn=fastest"], "kernel names", "m2rnn has no kernel fastest: one of cuda, reference"),
     ("cpu", ["kernels.m3rnn=reference"], "kernel names", "m3rnn is no operator: one of mla_attention"),
-    ("h200", [], "plan", "index_top_k at 5: reference: a development kernel"),
+    ("h200", ["device=a100"], "plan", "index_top_k at 5: cuda: a100 is sm_80"),
     (
         "cpu-x2",
         ["tp=2", "kernels.linear_cross_entropy=torch"],
@@ -324,6 +324,7 @@ def test_a_kernel_by_name_that_nothing_runs_is_noted():
 def test_a_refusal_lists_everything_at_once():
     policy = ["tp=3", "cp=2", "vpp=5", "sparse_mode=warmup", "precision=fp16", "environment.FOO=1", "mtp_depths=7"]
     policy += ["kernels.m2rnn=fastest", "cuda_graphs=local", "recompute=full", "global_batch=63", "ep=5", "depth=3"]
+    policy += ["device=a100"]
     recipe = TINY.with_overrides(["features.engram=[1]"])
     contract = contract_of(recipe, PROFILES["h200-x2"], *policy, strict=True)
     assert set(refused_names(contract)) >= {
@@ -339,19 +340,16 @@ def test_a_refusal_lists_everything_at_once():
     assert contract.generated_native_args == () and not contract.plan.accepted
 
 
-def test_the_h200_presets_are_refused_for_their_kernels_only():
-    for name in ("h200", "h200-x2", "h200-x8", "h200-x8-record"):
+def test_the_h200_presets_are_accepted():
+    """And what docs/launch.md says of references in them."""
+    presets = [name for name in PROFILES if "h200" in name]
+    for name in presets:
         contract = contract_of(NAM56R, PROFILES[name])
-        assert refused_names(contract) == ["plan"]
-        assert {r.operator for r in contract.plan.refusals} == {
-            *("index_top_k", "sparse_latent_attention", "indexer_kl_loss")
-        }
-    # docs/launch.md says so
-    named = {
-        name: refused_names(contract_of(NAM56R, PROFILES[name], *REFERENCES)) for name in PROFILES if "h200" in name
-    }
+        assert contract.accepted, contract.refused
+        assert not any("reference" in names for names in contract.plan.kernels.values())
+    named = {name: refused_names(contract_of(NAM56R, PROFILES[name], *REFERENCES)) for name in presets}
     assert named == {"h200": [], "h200-x2": [], "h200-x8": ["graphs: kernels", "memory"], "h200-x8-record": []}
-    assert refused_names(contract_of(NAM56R, PROFILES["h200-x8-record"], "recompute=none")) == ["plan", "memory"]
+    assert refused_names(contract_of(NAM56R, PROFILES["h200-x8-record"], "recompute=none")) == ["memory"]
 
 
 def test_the_layout_is_resolved():
@@ -649,7 +647,7 @@ def test_accepted_flags_are_megatrons_and_have_the_profile_s_values(launch, mega
 def test_the_gpu_presets_pass_megatrons_validation(megatron):
     for name in ("h200", "h200-x2", "h200-x8", "h200-x8-record"):
         contract = contract_of(NAM56R, PROFILES[name], "entry=pretrain")
-        assert refused_names(contract) == ["plan"]
+        assert contract.accepted, contract.refused
         args, config = validated(contract, megatron)
         assert args.bf16 and args.accumulate_allreduce_grads_in_fp32 and args.use_distributed_optimizer
         assert args.moe_token_dispatcher_type == "alltoall" and config.cuda_graph_impl == PROFILES[name].cuda_graphs

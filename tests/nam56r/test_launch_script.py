@@ -17,7 +17,7 @@ from nam56r import cli
 from nam56r.launch import PROFILES, LaunchContract, LauncherProfile, RunOptions, make_contract, shell
 from nam56r.recipe import PRESETS, Recipe
 from nam56r.report.launch import render
-from tests.nam56r.test_launch import NAM56R, REFERENCES, RUN, TINY, contract_of
+from tests.nam56r.test_launch import REFERENCES, RUN, TINY, contract_of
 
 HOSTILE = [
     "with space",
@@ -174,8 +174,8 @@ def test_several_nodes_meet():
 
 
 def test_a_refused_contract_has_no_script():
-    with pytest.raises(ValueError, match=r"nam56r on profile h200 is refused \(plan\): there is no script for it"):
-        shell(contract_of(NAM56R, PROFILES["h200"]))
+    with pytest.raises(ValueError, match=r"nam56r-tiny on profile h200 is refused \(plan\): there is no script for it"):
+        shell(contract_of(TINY, PROFILES["h200"], "device=a100"))
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -211,6 +211,7 @@ def call(*arguments):
 
 
 DRY = ["launch", "--data", "d/x", "--out", "runs/a", "--steps", 40, "--dry-run"]
+REFUSED = ["--recipe", "nam56r-tiny", "--profile", "h200", "--policy", "device=a100"]  # without kernels for it
 
 
 def test_dry_run_prints_and_writes_nothing(tmp_path, monkeypatch):
@@ -218,9 +219,9 @@ def test_dry_run_prints_and_writes_nothing(tmp_path, monkeypatch):
     shown = call(*DRY, "--recipe", "nam56r-tiny", "--profile", "cpu-x2")
     assert shown.exit_code == 0, shown.output
     assert shown.stdout.startswith("nam56r-tiny on profile cpu-x2: accepted\n")
-    refused = call(*DRY, "--recipe", "nam56r", "--profile", "h200-x8")
+    refused = call(*DRY, *REFUSED)
     assert refused.exit_code == 3
-    assert re.match(r"nam56r on profile h200-x8: refused: 1 of \d+ checks\n", refused.stdout)
+    assert re.match(r"nam56r-tiny on profile h200: refused: 1 of \d+ checks\n", refused.stdout)
     assert not list(tmp_path.iterdir())
 
 
@@ -232,9 +233,9 @@ def test_json_and_script_are_the_contract_s():
     )
     script = call(*DRY, *arguments, "--script")
     assert script.exit_code == 0 and script.stdout == shell(found)
-    none = call(*DRY, "--recipe", "nam56r", "--profile", "h200", "--script")
+    none = call(*DRY, *REFUSED, "--script")
     assert (none.exit_code, none.stdout) == (3, "") and "refused: 1 of" in none.stderr
-    refused = call(*DRY, "--recipe", "nam56r", "--profile", "h200", "--json")
+    refused = call(*DRY, *REFUSED, "--json")
     assert refused.exit_code == 3 and json.loads(refused.stdout)["accepted"] is False
 
 

@@ -12,6 +12,9 @@ from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, 
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from nam56r.kernels.dsa import by_key
+from nam56r.kernels.dsa import triton as sparse
+from nam56r.kernels.dsa import triton_loss as sparse_loss
 from nam56r.kernels.m2rnn import cuda
 from nam56r.kernels.registry import DEVICES
 from nam56r.kernels.ssd import cuda as scan
@@ -55,12 +58,12 @@ def test_parallelism_splits_what_it_splits():
 
 
 def test_batch_and_sequence_and_kernels_count():
-    base = estimate(TINY, planned(TINY, "cpu"))
-    more = estimate(TINY, planned(TINY, "cpu", micro_batch=4))
+    base = estimate(TINY, planned(TINY, "cpu", micro_batch=2))
+    more = estimate(TINY, planned(TINY, "cpu", micro_batch=8))
     assert all(more.activations[family] == pytest.approx(4 * size, abs=4) for family, size in base.activations.items())
     longer = TINY.with_overrides(["seq_length=512"])
-    assert estimate(longer, planned(longer, "cpu")).activations["moe"] == 2 * base.activations["moe"]
-    stored = estimate(TINY, planned(TINY, "cpu", kernels={"linear_cross_entropy": "reference"}))
+    assert estimate(longer, planned(longer, "cpu")).activations["moe"] == base.activations["moe"]
+    stored = estimate(TINY, planned(TINY, "cpu", micro_batch=2, kernels={"linear_cross_entropy": "reference"}))
     assert stored.logits > base.logits
     fast = estimate(NAM56R, planned(NAM56R))
     for operator in ("latent_attention", "mla_attention"):
@@ -145,9 +148,9 @@ def test_fast_kernels_keep_nothing_quadratic():
 
 def test_refuses_what_does_not_fit():
     cpu = DEVICES["cpu"]
-    small = Estimate({"moe": Held(1, 2, 3, 4)}, 5, runtime=6)
-    assert small.total == 21
-    check(small, cpu, 21)
+    small = Estimate({"moe": Held(1, 2, 3, 4)}, 5, 7, runtime=6)
+    assert small.total == 28
+    check(small, cpu, 28)
     check(small, cpu, None)
     with pytest.raises(
         ValueError, match=r"not enough memory \(estimated before it starts\): .* GiB free on cpu"
@@ -238,6 +241,58 @@ def test_dense_attention_keeps_what_its_fast_kernels_do(operator, batch, dtype, 
     assert estimated == 2 * (kept + batch * 128 * recipe.hidden_size * dtype.itemsize)
 
 
+SPARSE = {"sparse_latent_attention": "triton", "indexer_kl_loss": "triton"}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_sparse_attention_keeps_what_its_kernels_do(interpreter, batch):
+    """The real layer with the real kernels, but for norms' statistics and the tables of rotations."""
+    recipe = TINY.with_overrides(["seq_length=24", "pattern=A", "depth=2", "dsa.ranks=[0, 1]", "dsa.top_k=8"])
+    plan = planned(recipe, "cpu", micro_batch=batch, dtype=torch.float32, kernels=SPARSE)
+    storages = {}
+
+    def pack(saved):
+        if saved.shape[1:-1] != (1, 1):  # as tables have
+            storages[saved.untyped_storage().data_ptr()] = saved.untyped_storage()
+        return saved
+
+    with built(recipe, plan) as model, torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        layer = model.decoder.layers[0].self_attention
+        layer(torch.randn(recipe.seq_length, batch, recipe.hidden_size, requires_grad=True), None)
+        for weight in layer.parameters():
+            storages.pop(weight.untyped_storage().data_ptr(), None)
+    kept = sum(storage.nbytes() for storage in storages.values())
+    row = 4 * batch * recipe.seq_length * recipe.hidden_size  # the block's input
+    assert estimate(recipe, plan).activations["attention"] == pytest.approx(2 * (kept + row), rel=0.05)
+
+
+@pytest.mark.parametrize("batch, dtype", [(1, torch.float32), (2, torch.bfloat16)])
+def test_sparse_kernels_keep_and_take_for_themselves(batch, dtype):
+    """What the operators keep beside their inputs and out, and what the backward that takes more does."""
+    plan = planned(NAM56R, dtype=dtype, micro_batch=batch, kernels={"index_top_k": "reference"})
+
+    def estimated(**kernels):
+        slots = tuple(slot.model_copy(update={"kernels": kernels}) for slot in plan.slots)
+        return estimate(NAM56R, plan.model_copy(update={"slots": slots}))
+
+    q = torch.empty(batch, 4096, 32, 128, dtype=dtype, device="meta")
+    indices = q.new_empty(batch, 4096, 256, dtype=torch.int32)
+    _, _, *own = sparse._outputs(q, 64, True)
+    own.append(sparse_loss._outputs(q, indices, True)[1])
+    plain, ordered = estimated(), estimated(**SPARSE)
+    atomic = estimated(**dict.fromkeys(SPARSE, "triton_atomic"))
+    for some in (ordered, atomic):
+        assert sum(some.activations.values()) - sum(plain.activations.values()) == 9 * sum(t.nbytes for t in own)
+    taken = []
+    for width in (128, 64):
+        longest = max(chunk.stop - chunk.start for chunk in by_key.chunks(batch, 4096, 256, width * dtype.itemsize))
+        rows = batch * longest * 256 * (width * dtype.itemsize + by_key.SORTING)
+        taken.append(batch * 4096 * width * 4 + rows)
+    assert (plain.workspace, atomic.workspace) == (0, batch * 4096 * 128 * 4)
+    assert ordered.workspace == pytest.approx(max(taken), rel=0.01)
+    assert ordered.total - plain.total > ordered.workspace
+
+
 @contextmanager
 def built(recipe, plan, dtype=torch.float32):
     """The model of a plan on a CPU, with Megatron's groups around it."""
@@ -319,7 +374,8 @@ def test_one_stage_is_the_estimate():
         options = dict(expert_parallel=4, optimizer_shards=8, microbatches=16)
         assert stages(NAM56R, plan, segments=segments, **options) == (whole,)
     assert whole.by_family.keys() == parameters(NAM56R).keys()
-    assert whole.total == sum(held.total for held in whole.by_family.values()) + whole.logits + whole.runtime
+    held = sum(held.total for held in whole.by_family.values())
+    assert whole.total == held + whole.logits + whole.workspace + whole.runtime
 
 
 def test_families_have_the_recipes_parameters():
