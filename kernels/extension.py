@@ -16,6 +16,7 @@ import torch  # the extension needs torch's libraries loaded first
 from nam56r.kernels.registry import Problem
 
 MODULE = "nam56r.kernels._C"
+HOPPER = (9, 0)  # compute capability
 RECORD = Path(__file__).with_name("_build.txt")
 
 
@@ -64,6 +65,20 @@ def missing(problem: Problem) -> tuple[str, ...]:
         return (f"a CUDA kernel, but the device is {problem.device.name}",)
     why = load()
     return (f"CUDA extension {why}",) if why else ()
+
+
+def hopper_only(problem: Problem) -> list[str]:
+    """Why kernels of wgmma and TMA can't run on the problem's device, or aren't in the extension that is loaded."""
+    device, reasons = problem.device, []
+    if device.capability != HOPPER:
+        major, minor = device.capability
+        reasons.append(f"{device.name} is sm_{major}{minor}, but the CUDA kernel takes sm_90 (H100, H200)")
+    if "90a" not in archs():
+        have = ", ".join(f"sm_{arch}" for arch in archs())
+        reasons.append(
+            f"CUDA extension built for {have}, but the CUDA kernel is sm_90a: install with NAM56R_CUDA_ARCHS=90a"
+        )
+    return reasons
 
 
 def reason(problem: Problem) -> tuple[str, ...]:

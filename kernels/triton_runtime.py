@@ -8,9 +8,10 @@ TRITON_INTERPRET=1 before Triton is imported, or for a block, by `interpreter`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 import triton
@@ -22,6 +23,10 @@ from triton.runtime.jit import JITFunction
 from nam56r.kernels.registry import FAMILY, Problem, candidates, select
 
 OLDEST = (8, 0)  # compute capability: bf16 products and asynchronous copies
+LARGE = (9, 0)  # Hopper, with 227 KiB of shared memory a block; tiles for others mostly fit into 99
+SMALL = ((8, 6), (8, 9), (12, 0), (12, 1))  # which is what these capabilities have
+
+_library = torch.library.Library("nam56r", "FRAGMENT")
 
 _patch_tensor = triton.runtime.interpreter._patch_lang_tensor
 
@@ -51,6 +56,27 @@ def reason(problem: Problem) -> tuple[str, ...]:
         return () if interpreted() else (f"a Triton kernel, but the device is {device.name}: {remedy}",)
     major, minor = device.capability
     return () if (major, minor) >= OLDEST else (f"{device.name} is sm_{major}{minor}, but it takes sm_80 or later",)
+
+
+def register_operator(
+    schema: str, run: Callable[..., Any], shapes: Callable[..., Any], autograd: Callable[..., Any] | None = None
+) -> None:
+    """Register torch.ops.nam56r.<schema's name>: run, by Triton's interpreter on a CPU; shapes, for tracing; autograd.
+
+    Not by torch.library.custom_op and register_autograd, whose wrappers cost more on the host than the launches.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CUDA", "CPU"):
+        _library.impl(name, run, key)
+    if autograd:
+        _library.impl(name, autograd, "Autograd")
+    torch.library.register_fake(f"nam56r::{name}", shapes, lib=_library)
+
+
+def block(size: int) -> int:
+    """A block's extent for so many features or heads: a power of two, and at least what a product takes."""
+    return max(16, triton.next_power_of_2(size))
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 pipeline rank.
 
 An estimate to refuse with, not a measurement: it adds what lives through the step (weights, gradients, optimizer), what
-the forward keeps for the backward, and the largest workspaces of the loss and of a layer's backward. Activations are counted per token as plain
-modules keep them; the history that a kernel keeps of its own is added where it runs.
+the forward keeps for the backward, and the largest workspaces of the loss and of a layer's backward. Activations are
+counted per token as plain modules keep them; the history that a kernel keeps of its own is added where it runs.
 """
 
 from __future__ import annotations

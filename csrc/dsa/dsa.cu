@@ -22,15 +22,6 @@ int64_t capacity_of(int64_t top_k, int64_t length) {
 }
 constexpr int64_t kLists = int64_t(256) << 20;  // bytes of the lists of a launch, unless a piece for every processor takes more
 
-// A tensor that TMA can fetch: its last dimension dense, its rows on 16 bytes; others are copied.
-Tensor mappable(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  bool fits = t.stride(last) == 1 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-  for (int64_t i = 0; i < last; ++i) fits = fits && (t.size(i) == 1 || (t.stride(i) > 0 && t.stride(i) % 8 == 0));
-  if (fits) return t;
-  return t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
-}
-
 // Calls f with the element type and the shape: as many queries as there is room for with all heads.
 template <typename F>
 void with_kernel(const Tensor& q, F f) {

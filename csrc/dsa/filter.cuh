@@ -21,6 +21,9 @@ struct alignas(16) Row {
   unsigned steps[kSteps / 2];  // two counts in each
 };
 
+// With so many more in a list of `count`, least is looked for again.
+__device__ inline int again_with(int count, int top_k) { return count + top_k / 8 + 16; }
+
 // Of 32 keys, as bits, the first `count`.
 __device__ inline unsigned below(int count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }
 
@@ -44,12 +47,7 @@ __device__ inline float raised(const Row& row, float least, float low, float per
 #pragma unroll
   for (int i = 0; i < 2; ++i) mine[2 * i] = row.steps[2 * lane + i] & 0xffff, mine[2 * i + 1] = row.steps[2 * lane + i] >> 16;
   const int sum = mine[0] + mine[1] + mine[2] + mine[3];
-  int up_to = sum;  // of this lane's steps and those above
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const int more = __shfl_down_sync(~0u, up_to, d);
-    if (lane + d < 32) up_to += more;
-  }
+  const int up_to = from_lane_on(sum);
   const int owner = 31 - __clz(__ballot_sync(~0u, up_to >= top_k));
   if (owner < 0) return least;
   int step = 4 * lane, left = up_to - top_k;  // the highest step with top_k at it or above
@@ -111,7 +109,7 @@ __device__ inline void take(const float* score, int key, Row& row, uint2* list, 
   }
   __syncwarp();
   int next = row.next;
-  if (count >= next) least = raised(row, least, low, per_step, a.top_k), next = count + a.top_k / 8 + 16;
+  if (count >= next) least = raised(row, least, low, per_step, a.top_k), next = again_with(count, a.top_k);
   if (count > a.capacity - KEYS) {
     const Cut at = cut<32>(Listed<4>{list, count}, a.top_k, a.top_k + a.top_k / 8, bins);
     count = keep_above(Listed<4>{list, count}, at, [&](int place, unsigned u, unsigned of) { list[place] = {u, of}; });
@@ -124,7 +122,7 @@ __device__ inline void take(const float* score, int key, Row& row, uint2* list, 
       if (u) count_in(row, unordered(u), low, per_step);
       if (v) count_in(row, unordered(v), low, per_step);
     });
-    next = count + a.top_k / 8 + 16;
+    next = again_with(count, a.top_k);
   }
   __syncwarp();
   if (lane == 0) row.least = least, row.low = low, row.per_step = per_step, row.count = count, row.next = next;

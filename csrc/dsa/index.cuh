@@ -8,7 +8,7 @@
 // Shared memory: the queries of all heads, 128 KiB, and their weights; a tile of keys a group; two tiles of scores.
 // Registers: the product [64, 128], the sums [64, QUERIES] in fp32, the keys [64, D] as an operand.
 // Memory: a list of `capacity` candidates for each query of a launch, which takes some of the pieces: docs/notes/dsa.md.
-// Bound: tensor cores; relu and weights take half of the issue slots beside them.
+// Bound: the warps that filter, by latency; without them tensor cores, with relu and weights beside them: docs/notes/dsa.md.
 #pragma once
 
 #include "dsa/filter.cuh"
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(Sh::THREADS, 1) index(const __grid_constant__ 
         const int query = piece.query + i;
         const Seen seen = seen_by(a, min(query, a.length - 1));
         Row& row = s.row[i];
-        row.least = -infinity(), row.per_step = -1.f, row.count = 0, row.next = a.top_k + a.top_k / 8 + 16;
+        row.least = -infinity(), row.per_step = -1.f, row.count = 0, row.next = again_with(a.top_k, a.top_k);
         row.first = seen.first, row.end = query < end ? seen.end : 0;
       }
       __syncwarp();

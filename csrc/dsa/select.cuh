@@ -59,6 +59,16 @@ struct Staged {
   }
 };
 
+// The sum of x over this lane and those above it.
+__device__ inline int from_lane_on(int x) {
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const int more = __shfl_down_sync(~0u, x, d);
+    if (threadIdx.x % 32 + d < 32) x += more;
+  }
+  return x;
+}
+
 // What THREADS threads, a warp or a block, share to find a cut.
 struct alignas(16) Bins {
   int count[kBins];
@@ -107,12 +117,7 @@ __device__ inline Cut cut(const Scores& scores, int k, int most, Bins& bins) {
     int sum = 0, mine[MINE];
 #pragma unroll
     for (int i = 0; i < MINE; ++i) mine[i] = bins.count[lane * MINE + i], sum += mine[i];
-    int up_to = sum;  // of this lane's bins and those above
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const int more = __shfl_down_sync(~0u, up_to, d);
-      if (lane + d < 32) up_to += more;
-    }
+    const int up_to = from_lane_on(sum);
     const int owner = 31 - __clz(__ballot_sync(~0u, above + up_to >= k));
     int bin = 0, here = 0, before = above + up_to - sum;  // above the bin that the k-th is in
     bool found = false;

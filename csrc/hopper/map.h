@@ -1,4 +1,4 @@
-// Host code: how a tensor of 16-bit elements lies in memory, for TMA.
+// Host code: how a tensor of 16-bit elements lies in memory, for TMA; one that TMA can fetch.
 #pragma once
 
 #include <cuda.h>
@@ -7,6 +7,15 @@
 #include "hopper/device.cuh"
 
 namespace nam56r {
+
+// A tensor that TMA can fetch: its last dimension dense, its rows on 16 bytes, none at another's place; others are copied.
+inline torch::stable::Tensor mappable(const torch::stable::Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  bool fits = t.stride(last) == 1 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  for (int64_t i = 0; i < last; ++i) fits = fits && (t.size(i) == 1 || (t.stride(i) > 0 && t.stride(i) % 8 == 0));
+  if (fits) return t;
+  return t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
+}
 
 // Boxes are swizzled as a Tile is, and what of them lies outside of the tensor is 0. sizes and box from the last dimension on;
 // strides, in elements, of the dimensions before it: an axis of one has any. `family` is for the error.

@@ -17,15 +17,6 @@ constexpr int64_t kPadded = 384;  // rows of facts: a multiple of every kernel's
 
 constexpr int64_t kCache = int64_t(32) << 20;  // of the L2 cache's 50 MiB, for keys and values, or queries and dout
 
-// A tensor that TMA can fetch: its last dimension dense, its rows on 16 bytes, none at another's place; others are copied.
-Tensor mappable(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  bool fits = t.stride(last) == 1 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-  for (int64_t i = 0; i < last; ++i) fits = fits && (t.size(i) == 1 || (t.stride(i) > 0 && t.stride(i) % 8 == 0));
-  if (fits) return t;
-  return t.is_contiguous() ? torch::stable::clone(t) : torch::stable::contiguous(t);
-}
-
 struct Problem {
   Tensor q, k;
   std::optional<Tensor> k_rope, v, cu;

@@ -2,8 +2,8 @@
 
 It is made of wgmma and TMA, so it runs on compute capability 9.0 only, from code that the extension holds.
 
-Memory: indices, and for every block that runs at once, one a processor, a list of candidates for each of the queries it
-holds: 8 bytes times 2 top_k + 512 times up to 32, 35 MB in all at top_k 256 and 156 MB at 2048, at any S.
+Memory: indices, and lists of candidates for the queries of a launch, which are as many as have lists of 256 MiB, but at
+least those that all processors hold at once; 8 bytes for each of up to 6 top_k + 512 entries. It doesn't grow with S.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from nam56r.kernels.registry import Problem
 DTYPES = (torch.bfloat16, torch.float16)
 DIMS = (32, 64, 128)
 HEADS, TOP_K = 128, 4096
-CAPABILITY = (9, 0)
 MOST = 2**30  # queries and keys
 REGISTERED = extension.has("dsa_index")
 
@@ -34,15 +33,7 @@ def refuses(problem: Problem) -> tuple[str, ...]:
         return missing
     if not REGISTERED:
         return ("CUDA extension built from older sources, without the indexer: install the package again",)
-    device, q, reasons = problem.device, problem["q"], []
-    if device.capability != CAPABILITY:
-        major, minor = device.capability
-        reasons.append(f"{device.name} is sm_{major}{minor}, but the CUDA kernel takes sm_90 (H100, H200)")
-    if "90a" not in extension.archs():
-        have = ", ".join(f"sm_{arch}" for arch in extension.archs())
-        reasons.append(
-            f"CUDA extension built for {have}, but the CUDA kernel is sm_90a: install with NAM56R_CUDA_ARCHS=90a"
-        )
+    q, reasons = problem["q"], extension.hopper_only(problem)
     if q.dtype not in DTYPES:
         reasons.append(f"q is {q.dtype}, but the CUDA kernel takes bfloat16 or float16")
     B, S, heads, dim = q.shape

@@ -27,13 +27,12 @@ from nam56r.kernels.checks import needs_gradient
 from nam56r.kernels.dsa.attention_kernels import backward_kernel, forward_kernel, rows_kernel
 from nam56r.kernels.dsa.by_key import add_rows, chunks, order
 from nam56r.kernels.registry import Device, Problem
+from nam56r.kernels.triton_runtime import LARGE, SMALL, block, register_operator
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NARROW, WIDEST = 128, 512  # latents up to 128, and up to 512
 ROPE = {NARROW: 128, WIDEST: 64}  # the largest rope dim beside them
 FEW = 32  # heads
-LARGE = (9, 0)  # Hopper, with 227 KiB of shared memory a block; the other tiles mostly fit into 99
-SMALL = ((8, 6), (8, 9), (12, 0), (12, 1))  # which is what these capabilities have
 
 # (keys of a block, most heads of a block, warps, stages) of (forward, backward, rows). Warps of Hopper's products have
 # 16 rows each, of keys: more warps than keys / 16 make the same scores twice, as WIDEST's forward does for registers.
@@ -86,10 +85,6 @@ def _width(latent: int) -> int:
     return NARROW if latent <= NARROW else WIDEST
 
 
-def _block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
-
-
 def tiles(dtype: torch.dtype, heads: int, latent: int, large: bool) -> tuple[tuple[int, int, int, int], ...]:
     """(keys of a block, most heads of a block, warps, stages) of forward, backward and rows."""
     if dtype == torch.float32:
@@ -112,15 +107,15 @@ class _Launches(NamedTuple):
 def _launches(dtype: torch.dtype, heads: int, latent: int, rope: int, large: bool) -> _Launches:
     forward, backward, rows = (
         dict(
-            H=heads, L=latent, DR=rope, BLOCK_L=_block(latent), BLOCK_DR=_block(rope), HEADS=min(_block(heads), most),
+            H=heads, L=latent, DR=rope, BLOCK_L=block(latent), BLOCK_DR=block(rope), HEADS=min(block(heads), most),
             KEYS=keys, num_warps=warps, num_stages=stages,
         )
         for keys, most, warps, stages in tiles(dtype, heads, latent, large)
     )  # fmt: skip
     halves = 1 if latent <= NARROW else 2  # registers of a program of rows have room for 256 features
-    rows.update(HALVES=halves, BLOCK_L=_block(latent) // halves)
+    rows.update(HALVES=halves, BLOCK_L=block(latent) // halves)
     blocks = tuple(triton.cdiv(heads, o["HEADS"]) for o in (forward, backward))
-    accumulators = (backward["HEADS"] + backward["KEYS"]) * (_block(latent) + _block(rope))
+    accumulators = (backward["HEADS"] + backward["KEYS"]) * (block(latent) + block(rope))
     few = halves == 1 and accumulators <= ACCUMULATORS * 32 * backward["num_warps"]
     return _Launches((forward, backward, rows), blocks, blocks[1] == 1 and few)
 
@@ -220,28 +215,18 @@ class _Attention(torch.autograd.Function):
         return *backward(dout, *ctx.saved_tensors, *ctx.options, ctx.atomic), *[None] * 5
 
 
-_SCHEMAS = (
+register_operator(
     "dsa_attention_triton(Tensor q, Tensor kv, Tensor indices, int value_dim, float scale, bool save, bool atomic) "
     "-> (Tensor out, Tensor lse, Tensor exponent, Tensor rest)",
+    _forward,
+    lambda q, kv, indices, value_dim, scale, save, atomic: _outputs(q, value_dim, save),
+    lambda *inputs: _Attention.apply(*inputs),
+)
+register_operator(
     "dsa_attention_triton_backward(Tensor dout, Tensor q, Tensor kv, Tensor indices, Tensor out, Tensor exponent, "
     "Tensor rest, int value_dim, float scale, bool atomic) -> (Tensor dq, Tensor dkv)",
-)
-
-# not torch.library.custom_op and register_autograd, whose wrappers cost more on the host than the launches
-_LIBRARY = torch.library.Library("nam56r", "FRAGMENT")
-for _schema in _SCHEMAS:
-    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-for _key in ("CUDA", "CPU"):  # CPU: Triton's interpreter
-    _LIBRARY.impl("dsa_attention_triton", _forward, _key)
-    _LIBRARY.impl("dsa_attention_triton_backward", _backward, _key)
-_LIBRARY.impl("dsa_attention_triton", lambda *inputs: _Attention.apply(*inputs), "Autograd")
-torch.library.register_fake(
-    "nam56r::dsa_attention_triton",
-    lambda q, kv, indices, value_dim, scale, save, atomic: _outputs(q, value_dim, save),
-    lib=_LIBRARY,
-)
-torch.library.register_fake(
-    "nam56r::dsa_attention_triton_backward", lambda dout, q, kv, *_: _gradients(q, kv), lib=_LIBRARY
+    _backward,
+    lambda dout, q, kv, *_: _gradients(q, kv),
 )
 
 

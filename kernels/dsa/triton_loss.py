@@ -25,10 +25,10 @@ from nam56r.kernels.dsa.warmup_kernels import keys_kernel, queries_kernel, tiles
 from nam56r.kernels.mla import latent_attention
 from nam56r.kernels.mla import triton as latent
 from nam56r.kernels.registry import Device, Problem
+from nam56r.kernels.triton_runtime import LARGE, block, register_operator
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEADS, INDEX_DIM, DIM = 128, 128, 576  # at most
-LARGE = (9, 0)  # Hopper, with 227 KiB of shared memory a block; elsewhere tiles fit into 99
 NARROW = {True: 256, False: 128}  # L + Dr up to which blocks are larger, on Hopper or elsewhere
 PROGRAMS = 512  # of keys_kernel, aimed at: heads are split where the keys are too few for them
 
@@ -77,10 +77,6 @@ def _lse(q, kv, indices, scale):
     return latent_attention(q, kv, **options, return_lse=True, kernel=kernel)[1]
 
 
-def _block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
-
-
 def _aligned(keys: int) -> int:
     return triton.cdiv(keys, 16) * 16
 
@@ -94,7 +90,7 @@ class _Call:
         self.indices, self.d_loss = indices, d_loss
         self.strides = tuple(t.stride() for t in self.index)
         self.exact = index_q.dtype == torch.float32
-        self.sizes = dict(HI=self.heads, DI=self.dim, BLOCK_DI=_block(self.dim))
+        self.sizes = dict(HI=self.heads, DI=self.dim, BLOCK_DI=block(self.dim))
 
     def scores(self, q, kv, lse):
         """How scores_kernel and tiles_kernel are called: a row of TILES or SCORES, tensors, strides, sizes."""
@@ -103,7 +99,7 @@ class _Call:
         large = Device.of(q.device).capability == LARGE
         tiles = "narrow" if width <= NARROW[large] else "wide" if large else "small"
         tiles = "exact" if self.exact or q.dtype == torch.float32 else tiles
-        sizes = dict(H=q.shape[2], MAIN=main, REST=width - main, BLOCK_REST=_block(width - main), **self.sizes)
+        sizes = dict(H=q.shape[2], MAIN=main, REST=width - main, BLOCK_REST=block(width - main), **self.sizes)
         strides = *self.strides, *(t.stride() for t in (q, kv, lse))
         return tiles, (*self.index, q, kv, lse), strides, sizes
 
@@ -135,7 +131,7 @@ def _sparse(call, q, kv, lse, scale, loss, d_scores):
     score = d_scores if d_scores.numel() else torch.empty_like(target)
     scores_kernel[(call.B * call.S,)](
         *tensors, call.indices, target, score, *strides, call.indices.stride(), call.S, target.shape[2], scale,
-        HEADS=min(_block(q.shape[2]), heads), INDEX_HEADS=min(_block(call.heads), heads), KEYS=keys,
+        HEADS=min(block(q.shape[2]), heads), INDEX_HEADS=min(block(call.heads), heads), KEYS=keys,
         num_warps=warps, num_stages=stages, **sizes,
     )  # fmt: skip
     call.finish(target, score, loss, slice(0, call.S), d_scores.numel() > 0)
@@ -185,7 +181,7 @@ def _gradients(*index):
 def _sparse_backward(call, d_scores, dq, dw, atomic):
     """dq and dw; gives dk in fp32."""
     K = d_scores.shape[2]
-    heads = _block(call.heads)
+    heads = block(call.heads)
     keys, options = call.gradient(heads)
     total = torch.zeros_like(call.index[1], dtype=torch.float32, memory_format=torch.contiguous_format)
 
@@ -269,29 +265,19 @@ def _autograd(*inputs):
     return _Loss.apply(*inputs) if needs_gradient(*inputs) else _below_autograd(*inputs)
 
 
-_SCHEMAS = (
+register_operator(
     "dsa_loss_triton(Tensor index_q, Tensor index_k, Tensor index_weights, Tensor q, Tensor kv, Tensor? indices, "
     "Tensor lse, float scale, bool atomic, bool save) -> (Tensor loss, Tensor d_scores)",
+    _forward,
+    lambda index_q, index_k, index_weights, q, kv, indices, lse, scale, atomic, save: _outputs(index_q, indices, save),
+    _autograd,
+)
+register_operator(
     "dsa_loss_triton_backward(Tensor d_loss, Tensor index_q, Tensor index_k, Tensor index_weights, Tensor d_scores, "
     "Tensor? indices, Tensor? q, Tensor? kv, Tensor? lse, float scale, bool atomic) "
     "-> (Tensor d_index_q, Tensor d_index_k, Tensor d_index_weights)",
-)
-
-# not torch.library.custom_op and register_autograd, whose wrappers cost more on the host than the launches
-_LIBRARY = torch.library.Library("nam56r", "FRAGMENT")
-for _schema in _SCHEMAS:
-    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-for _key in ("CUDA", "CPU"):  # CPU: Triton's interpreter
-    _LIBRARY.impl("dsa_loss_triton", _forward, _key)
-    _LIBRARY.impl("dsa_loss_triton_backward", _backward, _key)
-_LIBRARY.impl("dsa_loss_triton", _autograd, "Autograd")
-torch.library.register_fake(
-    "nam56r::dsa_loss_triton",
-    lambda index_q, index_k, index_weights, q, kv, indices, lse, scale, atomic, save: _outputs(index_q, indices, save),
-    lib=_LIBRARY,
-)
-torch.library.register_fake(
-    "nam56r::dsa_loss_triton_backward", lambda d_loss, *tensors: _gradients(*tensors[:3]), lib=_LIBRARY
+    _backward,
+    lambda d_loss, *tensors: _gradients(*tensors[:3]),
 )
 
 

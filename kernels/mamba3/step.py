@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from nam56r.kernels.mamba3.state import Mamba3State
+from nam56r.kernels.triton_runtime import register_operator
 
 PI = tl.constexpr(3.141592653589793)
 TWO_PI = tl.constexpr(6.2831854820251465)  # rounded to fp32
@@ -190,12 +191,7 @@ def _step(
     return y
 
 
-# not torch.library.custom_op, whose wrapper costs more on the host than the launch
-_LIBRARY = torch.library.Library("nam56r", "FRAGMENT")
-_LIBRARY.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-for _key in ("CUDA", "CPU"):  # CPU: Triton's interpreter
-    _LIBRARY.impl("mamba3_step", _step, _key)
-torch.library.register_fake("nam56r::mamba3_step", lambda x, *_: x.new_empty(x.shape), lib=_LIBRARY)
+register_operator(_SCHEMA, _step, lambda x, *_: x.new_empty(x.shape))
 
 
 def mamba3_step(

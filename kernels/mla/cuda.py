@@ -22,7 +22,6 @@ from nam56r.kernels.checks import needs_gradient
 DTYPES = (torch.bfloat16, torch.float16)
 ABSORBED = ((64, 64),)  # L, Dr
 EXPANDED = ((64, 64, 64), (128, 64, 128))  # Dn, Dr, Dv
-CAPABILITY = (9, 0)
 MOST = 2**30  # rows of a head, or of all heads that share keys, and keys
 REGISTERED = extension.has("mla_forward", "mla_backward")
 

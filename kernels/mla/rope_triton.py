@@ -16,6 +16,7 @@ from nam56r.kernels.mla.rope_kernels import (
     up_gradient_kernel,
 )
 from nam56r.kernels.registry import Problem
+from nam56r.kernels.triton_runtime import register_operator
 
 _HALF = (torch.bfloat16, torch.float16)
 _SPLITS, _RUN = 256, 8  # up's gradient: programs aimed at, and tiles of tokens that are pipelined together
@@ -237,31 +238,32 @@ def _autograd(operator, function):
     return call
 
 
-_SCHEMAS = (
+register_operator(
     "mla_queries(Tensor q, Tensor cos, Tensor sin, Tensor? up, Tensor? positions, bool interleaved) -> Tensor",
+    _queries,
+    _queries_shape,
+    _autograd("mla_queries", _Queries),
+)
+register_operator(
     "mla_queries_backward(Tensor d_out, Tensor? q, Tensor cos, Tensor sin, Tensor? up, Tensor? positions, "
     "bool interleaved, bool sequence_first) -> (Tensor d_q, Tensor d_up)",
+    _queries_gradient,
+    _queries_gradient_shapes,
+)
+register_operator(
     "mla_latents(Tensor? q_latent, Tensor kv, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? kv_weight, float eps, "
     "Tensor? positions, bool interleaved) -> (Tensor q_out, Tensor kv_out)",
+    _latents,
+    _latents_shapes,
+    _autograd("mla_latents", _Latents),
+)
+register_operator(
     "mla_latents_backward(Tensor d_q_out, Tensor d_kv_out, Tensor? q_latent, Tensor? kv, Tensor cos, Tensor sin, "
     "Tensor? q_weight, Tensor? kv_weight, float eps, Tensor? positions, bool interleaved, bool q_first, bool kv_first) "
     "-> (Tensor d_q, Tensor d_kv, Tensor d_q_weight, Tensor d_kv_weight)",
+    _latents_gradient,
+    _latents_gradient_shapes,
 )
-# not torch.library.custom_op and register_autograd, whose wrappers cost more on the host than the launches
-_LIBRARY = torch.library.Library("nam56r", "FRAGMENT")
-for _schema in _SCHEMAS:
-    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-for _name, _run, _shapes in (
-    ("mla_queries", _queries, _queries_shape),
-    ("mla_queries_backward", _queries_gradient, _queries_gradient_shapes),
-    ("mla_latents", _latents, _latents_shapes),
-    ("mla_latents_backward", _latents_gradient, _latents_gradient_shapes),
-):
-    for _key in ("CUDA", "CPU"):  # CPU: Triton's interpreter
-        _LIBRARY.impl(_name, _run, _key)
-    torch.library.register_fake(f"nam56r::{_name}", _shapes, lib=_LIBRARY)
-_LIBRARY.impl("mla_queries", _autograd("mla_queries", _Queries), "Autograd")
-_LIBRARY.impl("mla_latents", _autograd("mla_latents", _Latents), "Autograd")
 
 
 def _contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

@@ -33,15 +33,7 @@ def _cuda_refuses(problem: Problem) -> tuple[str, ...]:
         return missing
     if not cuda.REGISTERED:
         return ("CUDA extension built from older sources, without attention: install the package again",)
-    q, device, reasons = problem["q"], problem.device, []
-    if device.capability != cuda.CAPABILITY:
-        major, minor = device.capability
-        reasons.append(f"{device.name} is sm_{major}{minor}, but the CUDA kernel takes sm_90 (H100, H200)")
-    if "90a" not in extension.archs():
-        have = ", ".join(f"sm_{arch}" for arch in extension.archs())
-        reasons.append(
-            f"CUDA extension built for {have}, but the CUDA kernel is sm_90a: install with NAM56R_CUDA_ARCHS=90a"
-        )
+    q, reasons = problem["q"], extension.hopper_only(problem)
     if q.dtype not in cuda.DTYPES:
         reasons.append(f"q is {q.dtype}, but the CUDA kernel takes bfloat16 or float16")
     dims: tuple[int, ...]

@@ -25,12 +25,11 @@ from nam56r.kernels.checks import needs_gradient
 from nam56r.kernels.mla.triton_backward import delta_kernel, keys_kernel, queries_kernel
 from nam56r.kernels.mla.triton_forward import forward_kernel
 from nam56r.kernels.registry import Device, Problem
+from nam56r.kernels.triton_runtime import LARGE, SMALL, block, register_operator
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NARROW, WIDEST = 128, 512  # nope and value dims: up to 128, and up to 512, where the features of dk and dv are halved
 ROPE = {NARROW: 128, WIDEST: 64}  # the largest rope dim beside them
-LARGE = (9, 0)  # Hopper, with 227 KiB of shared memory a block; the other tiles mostly fit into 99
-SMALL = ((8, 6), (8, 9), (12, 0), (12, 1))  # which is what these capabilities have
 LEAST = 4  # blocks of rows that a part of a sum over rows has
 AT_ONCE = 4  # programs for each processor
 
@@ -109,10 +108,6 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _block(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
-
-
 class _Call:
     """What the launches of one call share. Latent: k is kv [B, T, L + Dr], k_rope and v are None."""
 
@@ -136,7 +131,7 @@ class _Call:
 
     def options(self, kernel: int) -> dict:
         rows, columns, warps, stages = self.tiles[kernel]
-        nope, rope, value = map(_block, self.dims)
+        nope, rope, value = map(block, self.dims)
         halves = {}
         if kernel == 2:
             halves = dict(HALVES=self.halves)
@@ -206,7 +201,7 @@ def _backward(dout, dlse, q, k, k_rope, v, out, exponent, rest, bounds, value_di
     targets = (shared, shared, shared) if call.latent else (dk, shared, dv)
     given = q.new_zeros(()).expand(out.shape) if dout is None else dout
     with torch.cuda.device_of(q):
-        value = _block(value_dim)
+        value = block(value_dim)
         rows = 4096 // value
         delta_kernel[(triton.cdiv(exponent.numel(), rows),)](
             dout, dlse, out, _kept(rest), exponent, delta, given.stride(), (0, 0, 0) if dlse is None else dlse.stride(),
@@ -251,31 +246,19 @@ def _below_autograd(*inputs):
         return torch.ops.nam56r.mla_triton.default(*inputs)
 
 
-_SCHEMAS = (
+register_operator(
     "mla_triton(Tensor q, Tensor k, Tensor? k_rope, Tensor? v, Tensor? bounds, int value_dim, float scale, "
     "bool causal, int query_offset, bool save) -> (Tensor out, Tensor lse, Tensor exponent, Tensor rest)",
+    _forward,
+    lambda q, k, k_rope, v, bounds, value_dim, scale, causal, query_offset, save: _outputs(q, value_dim, save),
+    lambda *inputs: _Attention.apply(*inputs),
+)
+register_operator(
     "mla_triton_backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor? k_rope, Tensor? v, Tensor out, "
     "Tensor exponent, Tensor rest, Tensor? bounds, int value_dim, float scale, bool causal, int query_offset) "
     "-> (Tensor dq, Tensor dk, Tensor dk_rope, Tensor dv)",
-)
-
-# not torch.library.custom_op and register_autograd, whose wrappers cost more on the host than the launches
-_LIBRARY = torch.library.Library("nam56r", "FRAGMENT")
-for _schema in _SCHEMAS:
-    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-for _key in ("CUDA", "CPU"):  # CPU: Triton's interpreter
-    _LIBRARY.impl("mla_triton", _forward, _key)
-    _LIBRARY.impl("mla_triton_backward", _backward, _key)
-_LIBRARY.impl("mla_triton", lambda *inputs: _Attention.apply(*inputs), "Autograd")
-torch.library.register_fake(
-    "nam56r::mla_triton",
-    lambda q, k, k_rope, v, bounds, value_dim, scale, causal, query_offset, save: _outputs(q, value_dim, save),
-    lib=_LIBRARY,
-)
-torch.library.register_fake(
-    "nam56r::mla_triton_backward",
+    _backward,
     lambda dout, dlse, q, k, k_rope, v, *_: _gradients(q, k, k_rope, v),
-    lib=_LIBRARY,
 )
 
 

@@ -150,13 +150,9 @@ def test_any_strides():
 
 
 def test_registered_right():
-    torch.library.opcheck(
-        torch.ops.nam56r.dsa_index, (*draw(1, 65, 4, 64)[:2], draw(1, 65, 4, 64)[2].float(), 16, None, flag_of())
-    )
-
-
-def flag_of():
-    return torch.zeros(1, dtype=torch.int32, device="cuda")
+    q, k, weights = draw(1, 65, 4, 64)
+    status = torch.zeros(1, dtype=torch.int32, device="cuda")
+    torch.library.opcheck(torch.ops.nam56r.dsa_index, (q, k, weights.float(), 16, None, status))
 
 
 def test_nothing_in_nothing_out():
