@@ -9,7 +9,7 @@ struct Arguments {
   const int* cu;         // [n + 1], or null
   const float* weights;  // [B, S, H]
   uint2* lists;          // [pieces here, QUERIES, capacity]: candidates, their scores as ordered() has them, and keys
-  int* counts;           // [pieces here, QUERIES]
+  int2* counts;          // [pieces here, QUERIES]: a list's length, and what none of its top_k is below, as ordered() has it
   int* indices;          // [B, S, top_k]
   int* status;           // set to 1 where a score is NaN
   int batch, length, heads, sequences, top_k, capacity;

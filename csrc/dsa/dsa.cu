@@ -20,7 +20,7 @@ int64_t capacity_of(int64_t top_k, int64_t length) {
   const int64_t most = std::min<int64_t>({int64_t(expected) + 512, 6 * top_k + 512, length + 2 * kKeys});
   return (std::max(most, 2 * top_k + 2 * kKeys) + 63) / 64 * 64;
 }
-constexpr int64_t kLists = int64_t(256) << 20;  // bytes of the lists of a launch, unless a piece for every processor takes more
+constexpr int64_t kLists = int64_t(320) << 20;  // bytes of the lists of a launch, unless a piece for every processor takes more
 
 // Calls f with the element type and the shape: as many queries as there is room for with all heads.
 template <typename F>
@@ -54,15 +54,16 @@ Tensor dsa_index(Tensor q, Tensor k, Tensor weights, int64_t top_k, std::optiona
     using Sh = decltype(shape);
     const int64_t pieces = (length + Sh::QUERIES - 1) / Sh::QUERIES * batch, capacity = capacity_of(top_k, length);
     STD_TORCH_CHECK(pieces < (1 << 25), "dsa_index: B S must be below 2^27");
-    const int64_t rounds = std::max<int64_t>(1, kLists / (processors * Sh::QUERIES * capacity * 8));
+    // of an even number of rounds, blocks have long pieces and short ones alike
+    const int64_t fitting = std::max<int64_t>(1, kLists / (processors * Sh::QUERIES * capacity * 8)), rounds = fitting > 1 ? fitting & ~1 : 1;
     const int64_t together = std::min<int64_t>(pieces, rounds * processors);
     Tensor lists = torch::stable::new_empty(q, {together, Sh::QUERIES, capacity, 2}, ScalarType::Int);
-    Tensor counts = torch::stable::new_empty(q, {together, Sh::QUERIES}, ScalarType::Int);
+    Tensor counts = torch::stable::new_empty(q, {together, Sh::QUERIES, 2}, ScalarType::Int);
     Arguments a{};
     a.cu = cu_seqlens ? static_cast<const int*>(cu_seqlens->const_data_ptr()) : nullptr;
     a.sequences = cu_seqlens ? int(cu_seqlens->size(0)) - 1 : 0;
     a.weights = static_cast<const float*>(weights.const_data_ptr());
-    a.lists = static_cast<uint2*>(lists.mutable_data_ptr()), a.counts = static_cast<int*>(counts.mutable_data_ptr());
+    a.lists = static_cast<uint2*>(lists.mutable_data_ptr()), a.counts = static_cast<int2*>(counts.mutable_data_ptr());
     a.indices = static_cast<int*>(indices.mutable_data_ptr());
     a.status = static_cast<int*>(status.mutable_data_ptr());
     a.batch = int(batch), a.length = int(length), a.heads = int(heads), a.top_k = int(top_k), a.capacity = int(capacity);
@@ -74,13 +75,13 @@ Tensor dsa_index(Tensor q, Tensor k, Tensor weights, int64_t top_k, std::optiona
     STD_CUDA_CHECK(cudaFuncSetAttribute(
         reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(sizeof(Shared<Sh>))));
     const auto selecting = select<Sh::QUERIES>;
-    const int scores = int(4 * capacity);
-    STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(selecting), cudaFuncAttributeMaxDynamicSharedMemorySize, scores));
+    const int room = Room(int(top_k)).bytes();
+    STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(selecting), cudaFuncAttributeMaxDynamicSharedMemorySize, room));
     for (int64_t first = 0; first < pieces; first += together) {
       a.first = int(first), a.pieces = int(std::min(together, pieces - first));
-      const unsigned blocks = unsigned(std::min<int64_t>(a.pieces, processors)), rows = unsigned(a.pieces * Sh::QUERIES);
+      const unsigned blocks = unsigned(std::min<int64_t>(a.pieces, processors)), rows = unsigned(a.pieces * Sh::QUERIES) * 32;
       kernel<<<blocks, Sh::THREADS, sizeof(Shared<Sh>), stream_of(q)>>>(a, maps);
-      selecting<<<rows, kSelecting, scores, stream_of(q)>>>(a);
+      selecting<<<(rows + kSelecting - 1) / kSelecting, kSelecting, room, stream_of(q)>>>(a);
     }
     STD_CUDA_CHECK(cudaGetLastError());
   });

@@ -36,7 +36,7 @@ struct Shared {
   Tile<kGroupKeys, Sh::D> k[kGroups];
   float score[2][Sh::QUERIES][kKeys + kSpread];
   float weight[Sh::MOST][Sh::QUERIES];
-  Row row[Sh::QUERIES];
+  Steps steps[Sh::QUERIES];
   Bins bins[Sh::FILTERS];
   int odd;  // there was a score that is NaN
   Arrival q_here[Sh::STEPS], k_here[kGroups], full[2], free[2];
@@ -74,25 +74,17 @@ __global__ void __launch_bounds__(Sh::THREADS, 1) index(const __grid_constant__ 
     for (int round = 0, number; (number = piece_of(round)) < a.pieces; ++round) {
       const Piece piece(a, a.first + number, QUERIES);
       const int first = seen_by(a, piece.query).first, end = min(piece.query + QUERIES, a.length);
-      for (int i = warp * Sh::ROWS; i < (warp + 1) * Sh::ROWS; ++i) {
-        const int query = piece.query + i;
-        const Seen seen = seen_by(a, min(query, a.length - 1));
-        Row& row = s.row[i];
-        row.least = -infinity(), row.per_step = -1.f, row.count = 0, row.next = again_with(a.top_k, a.top_k);
-        row.first = seen.first, row.end = query < end ? seen.end : 0;
-      }
-      __syncwarp();
+      constexpr int ROWS = Sh::ROWS;
+      const int row = warp * ROWS;
+      Rows<ROWS> rows(a, s.steps + row, a.lists + ((long long)number * QUERIES + row) * a.capacity, piece.query + row, end);
       for (int key = first; key < end; key += kKeys, ++tile) {
         s.full[tile % 2].wait(tile / 2 % 2);
         const bool odd = *reinterpret_cast<volatile int*>(&s.odd);
-#pragma unroll 1
-        for (int i = warp * Sh::ROWS; i < (warp + 1) * Sh::ROWS; ++i)
-          take<kKeys>(s.score[tile % 2][i], key, s.row[i], a.lists + ((long long)number * QUERIES + i) * a.capacity, a, odd, s.bins[warp]);
+        rows.template take<kKeys>(s.score[tile % 2] + row, key, a, odd, s.bins[warp]);
         __syncwarp();
         if (lane == 0) s.free[tile % 2].arrive();
       }
-      if (lane < Sh::ROWS) a.counts[number * QUERIES + warp * Sh::ROWS + lane] = s.row[warp * Sh::ROWS + lane].count;
-      __syncwarp();
+      rows.finish(a.counts + number * QUERIES + row, a.top_k);
     }
     return;
   }

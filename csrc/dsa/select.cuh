@@ -59,12 +59,20 @@ struct Staged {
   }
 };
 
+// The lane, to the compiler another one every time: or it keeps all that is made of it, and spills what is needed at every tile.
+__device__ inline int lane_anew() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // The sum of x over this lane and those above it.
 __device__ inline int from_lane_on(int x) {
+  const int lane = lane_anew();
 #pragma unroll
   for (int d = 1; d < 32; d *= 2) {
     const int more = __shfl_down_sync(~0u, x, d);
-    if (threadIdx.x % 32 + d < 32) x += more;
+    if (lane + d < 32) x += more;
   }
   return x;
 }
@@ -93,7 +101,7 @@ constexpr int kAll = 1 << 30;
 template <int THREADS, class Scores>
 __device__ inline Cut cut(const Scores& scores, int k, int most, Bins& bins) {
   constexpr int MINE = kBins / 32;
-  const int thread = threadIdx.x % THREADS, lane = threadIdx.x % 32;
+  const int thread = threadIdx.x % THREADS, lane = lane_anew();
   if (thread == 0) bins.low = ~0u, bins.high = 0;
   together<THREADS>();
   unsigned low = ~0u, high = 0;
@@ -172,58 +180,49 @@ __device__ __forceinline__ int keep_above(const Entries& entries, const Cut& cut
   return kept;
 }
 
-// A block has a row: the top_k's keys, then -1. Its scores are read into shared memory, 4 capacity bytes; then its warps have a part
-// of the list each. Bound: latency, which the other blocks of the processor hide.
+// A warp has a row: the top_k's keys, then -1. Of its list, what isn't below `least` is read into shared memory, if there is room for
+// it. Bound: latency, which the other warps of the processor hide.
 constexpr int kSelecting = 128;
+
+// Bytes of a block's rows: room for somewhat more than top_k entries each.
+struct Room {
+  int entries;
+  __host__ __device__ explicit Room(int top_k) : entries((top_k + top_k / 2 + 128 + 63) / 64 * 64) {}
+  __host__ __device__ int bytes() const { return kSelecting / 32 * 8 * entries; }
+};
 
 template <int QUERIES>
 __global__ void __launch_bounds__(kSelecting) select(const __grid_constant__ Arguments a) {
 #if NAM56R_HOPPER
-  constexpr int WARPS = kSelecting / 32, AHEAD = 4;
-  extern __shared__ __align__(16) unsigned score[];
-  __shared__ Bins bins;
-  __shared__ int higher[WARPS], same[WARPS];
-  const int row = blockIdx.x, warp = threadIdx.x / 32;
+  extern __shared__ __align__(16) unsigned room[];
+  __shared__ Bins bins[kSelecting / 32];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = blockIdx.x * (kSelecting / 32) + warp;
+  if (row >= a.pieces * QUERIES) return;
   const Piece piece(a, a.first + row / QUERIES, QUERIES);
   const int query = piece.query + row % QUERIES;
   if (query >= a.length) return;
   const uint2* list = a.lists + (long long)row * a.capacity;
-  const int count = a.counts[row];
+  const auto [count, least] = a.counts[row];
   int* to = a.indices + ((long long)piece.batch * a.length + query) * a.top_k;
   if (count <= a.top_k) {
-    for (int i = threadIdx.x; i < a.top_k; i += kSelecting) to[i] = i < count ? int(list[i].y) : -1;
+    for (int i = lane; i < a.top_k; i += 32) to[i] = i < count ? int(list[i].y) : -1;
     return;
   }
-  for (int from = 0; from < count; from += 2 * kSelecting * AHEAD) {
-    uint4 x[AHEAD];
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-      const int at = from + 2 * (i * kSelecting + int(threadIdx.x));
-      if (at < count) x[i] = *reinterpret_cast<const uint4*>(list + at);
-    }
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-      const int at = from + 2 * (i * kSelecting + int(threadIdx.x));
-      if (at < count) *reinterpret_cast<uint2*>(score + at) = {x[i].x, x[i].z};
-    }
+  const int entries = Room(a.top_k).entries;
+  unsigned *score = room + warp * 2 * entries, *key = score + entries;
+  const Listed<4> listed{list, count};
+  const int left = keep_above(listed, {unsigned(least), 0, kAll}, [&](int place, unsigned u, unsigned of) {
+    if (place < entries) score[place] = u, key[place] = of;
+  });
+  __syncwarp();
+  if (left <= entries) {
+    const Staged<32> staged{score, 0, left};
+    const Cut at = cut<32>(staged, a.top_k, a.top_k, bins[warp]);
+    keep_above(staged, at, [&](int place, unsigned, unsigned entry) { to[place] = int(key[entry]); });
+  } else {
+    const Cut at = cut<32>(listed, a.top_k, a.top_k, bins[warp]);
+    keep_above(listed, at, [&](int place, unsigned, unsigned of) { to[place] = int(of); });
   }
-  __syncthreads();
-  Cut at = cut<kSelecting>(Staged<kSelecting>{score, 0, count}, a.top_k, a.top_k, bins);
-  const int part = (count + 64 * WARPS - 1) / (64 * WARPS) * 64;
-  const Staged<32> mine{score, min(count, warp * part), min(count, (warp + 1) * part)};
-  int above = 0, equal = 0;
-  mine([&](unsigned u, unsigned, unsigned v, unsigned) { above += (u > at.from) + (v > at.from), equal += (u == at.from) + (v == at.from); });
-  above = __reduce_add_sync(~0u, above), equal = __reduce_add_sync(~0u, equal);
-  if (threadIdx.x % 32 == 0) higher[warp] = above, same[warp] = equal;
-  __syncthreads();
-  int first = 0, alike = at.alike;  // the warp's first place, and how many of the equal ones are left for it
-  for (int i = 0; i < warp; ++i) {
-    const int taken = min(same[i], alike);
-    first += higher[i] + taken;
-    if (at.alike != kAll) alike -= taken;
-  }
-  at.alike = alike;
-  keep_above(mine, at, [&](int place, unsigned, unsigned entry) { to[first + place] = int(list[entry].y); });
 #endif
 }
 
