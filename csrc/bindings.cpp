@@ -21,6 +21,8 @@ STABLE_TORCH_LIBRARY(nam56r, m) {
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)");
   m.def(
       "dsa_index(Tensor q, Tensor k, Tensor weights, int top_k, Tensor? cu_seqlens, Tensor(a!) status) -> Tensor");
+  m.def(
+      "dsa_index_fp8(Tensor q, Tensor k, Tensor weights, int top_k, Tensor? cu_seqlens, Tensor(a!) status) -> Tensor");
   m.def("m2rnn_built() -> int[]");
   m.def(
       "m2rnn_load(Tensor cubin, str[] names, int element, int columns, int row_blocks, int chunk, int capability) -> ()");
@@ -61,6 +63,7 @@ STABLE_TORCH_LIBRARY_IMPL(nam56r, CUDA, m) {
   m.impl("causal_conv1d_forward", TORCH_BOX(&nam56r::causal_conv1d_forward));
   m.impl("causal_conv1d_backward", TORCH_BOX(&nam56r::causal_conv1d_backward));
   m.impl("dsa_index", TORCH_BOX(&nam56r::dsa_index));
+  m.impl("dsa_index_fp8", TORCH_BOX(&nam56r::dsa_index_fp8));
   m.impl("m2rnn_forward", TORCH_BOX(&nam56r::m2rnn_forward));
   m.impl("m2rnn_backward", TORCH_BOX(&nam56r::m2rnn_backward));
   m.impl("mla_forward", TORCH_BOX(&nam56r::mla_forward));

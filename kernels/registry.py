@@ -130,15 +130,15 @@ class Kernel:
 
     refuses(problem) gives the reasons why it can't run a problem; none means that it can.
     role: "fast" is chosen freely, though `triton…` on a CPU, which is interpreted, only by name; "development"
-    (readable references) is chosen freely on a CPU, on CUDA only by name; "peer" (other projects' kernels, registered
-    by the bench) only by name.
+    (readable references) is chosen freely on a CPU, on CUDA only by name; "rounding" (inputs are rounded to fewer bits
+    first) and "peer" (other projects' kernels, registered by the bench) only by name.
     """
 
     operator: str
     name: str
     run: Callable[..., Any]
     refuses: Callable[[Problem], tuple[str, ...]] = lambda problem: ()
-    role: Literal["fast", "development", "peer"] = "fast"
+    role: Literal["fast", "development", "rounding", "peer"] = "fast"
 
     def reasons(self, problem: Problem, *, by_name: bool) -> tuple[str, ...]:
         """Why this kernel won't be taken for the problem, its role included."""
@@ -149,6 +149,7 @@ class Kernel:
         what = {
             "fast": "Triton's interpreter, which is for tests",
             "development": "a development kernel, slow on a GPU",
+            "rounding": "its inputs are rounded to fewer bits",
             "peer": "another project's kernel",
         }[self.role]
         return (*reasons, f"{what}: it runs only when asked for by name ({self.operator}={self.name})")

@@ -7,7 +7,8 @@ namespace nam56r::dsa {
 
 struct Arguments {
   const int* cu;         // [n + 1], or null
-  const float* weights;  // [B, S, H]
+  const float* weights;  // [B, S, H]; of 8-bit queries times their scales
+  const float* scales;   // [B, S]: of 8-bit keys
   uint2* lists;          // [pieces here, QUERIES, capacity]: candidates, their scores as ordered() has them, and keys
   int2* counts;          // [pieces here, QUERIES]: a list's length, and what none of its top_k is below, as ordered() has it
   int* indices;          // [B, S, top_k]

@@ -13,4 +13,7 @@ using torch::stable::Tensor;
 // int32 [1], set to 1 where a score is NaN. Indices [B, S, top_k] int32.
 Tensor dsa_index(Tensor q, Tensor k, Tensor weights, int64_t top_k, std::optional<Tensor> cu_seqlens, Tensor status);
 
+// The same by products of e4m3: rows of q and k, each divided by its own power of two, are rounded to that first.
+Tensor dsa_index_fp8(Tensor q, Tensor k, Tensor weights, int64_t top_k, std::optional<Tensor> cu_seqlens, Tensor status);
+
 }  // namespace nam56r

@@ -37,8 +37,8 @@ __device__ inline float begin(Steps& steps, float low, float high) {
   return per_step > 0.f && per_step < infinity() ? per_step : 0.f;  // all in step 0, where all are alike or some infinite
 }
 
-// least, or more if the histogram says so.
-__device__ inline float raised(const Steps& steps, float least, float low, float per_step, int top_k) {
+// What top_k of the list aren't below, by its histogram.
+__device__ inline float bound_of(const Steps& steps, float low, float per_step, int top_k) {
   const int lane = threadIdx.x % 32;
   int mine[4];
 #pragma unroll
@@ -46,7 +46,7 @@ __device__ inline float raised(const Steps& steps, float least, float low, float
   const int sum = mine[0] + mine[1] + mine[2] + mine[3];
   const int up_to = from_lane_on(sum);
   const int owner = 31 - __clz(__ballot_sync(~0u, up_to >= top_k));
-  if (owner < 0) return least;
+  if (owner < 0) return -infinity();
   int step = 4 * lane, left = up_to - top_k;  // the highest step with top_k at it or above
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
@@ -54,10 +54,10 @@ __device__ inline float raised(const Steps& steps, float least, float low, float
     if (left >= 0) step = 4 * lane + i + 1;
   }
   step = __shfl_sync(~0u, step, owner);
-  if (step == 0 || per_step == 0.f) return least;
+  if (step == 0 || per_step == 0.f) return -infinity();
   // nothing that was counted at the step or above lies below this: what rounding there and here may be
   const float edge = low + float(step) / per_step;
-  return fmaxf(least, edge - 1e-3f / per_step - (fabsf(low) + fabsf(edge)) * 0x1p-21f);
+  return edge - 1e-3f / per_step - (fabsf(low) + fabsf(edge)) * 0x1p-21f;
 }
 
 // The rows of a warp. A lane knows of row lane / 8. A score lies in step (score - low) per_step; below 0, not known yet.
@@ -75,6 +75,16 @@ struct Rows {
     const int row = threadIdx.x % 32 / 8;
     const Seen seen = seen_by(a, min(query + row, a.length - 1));
     first = seen.first, end = row < ROWS && query + row < past ? seen.end : 0;
+  }
+
+  // f(row), the whole warp for each row whose lanes ask.
+  template <class F>
+  __device__ __forceinline__ void for_rows(bool asks, F f) {
+    for (unsigned left = __ballot_sync(~0u, asks); left;) {
+      const int r = (__ffs(left) - 1) / 8;
+      left &= ~(0xffu << 8 * r);
+      f(r);
+    }
   }
 
   // A tile's scores of the keys from `key` on.
@@ -106,9 +116,7 @@ struct Rows {
     }
     if (!__any_sync(~0u, passing)) return;
 
-    for (unsigned fresh = __ballot_sync(~0u, per_step < 0.f && passing); fresh;) {
-      const int r = (__ffs(fresh) - 1) / 8;
-      fresh &= ~(0xffu << 8 * r);
+    for_rows(per_step < 0.f && passing, [&](int r) {
       unsigned lowest = ~0u, highest = 0;
       for (int i = 0; i < WORDS; ++i) {
         const unsigned u = ordered(score[r][32 * i + lane]);
@@ -117,7 +125,7 @@ struct Rows {
       const float from = unordered(__reduce_min_sync(~0u, lowest)), to = unordered(__reduce_max_sync(~0u, highest));
       const float each = begin(steps[r], from, to + .75f * (to - from));
       if (row == r) low = from, per_step = each;
-    }
+    });
     const int own = __popc(passing);
     int at = own;  // of the row's, up to this word
 #pragma unroll
@@ -154,30 +162,26 @@ struct Rows {
       }
     }
     __syncwarp();
-    raise(count >= next, a.top_k);
-    for (unsigned full = __ballot_sync(~0u, count > a.capacity - KEYS); full;) {
-      const int r = (__ffs(full) - 1) / 8;
-      full &= ~(0xffu << 8 * r);
-      thin(r, a, bins);
-    }
+    for_rows(count >= next, [&](int r) {
+      const float x = bound_of_row(r, a.top_k);
+      if (row == r) least = fmaxf(least, x), next = again_with(count, a.top_k);
+    });
+    for_rows(count > a.capacity - KEYS, [&](int r) { thin(r, a, bins); });
   }
 
-  // What is to be known of each row's list in the end.
+  // What is to be known of each row's list in the end. least is about later scores: an earlier one may be equal to what they lose to.
   __device__ void finish(int2* counts, int top_k) {
-    raise(count > top_k, top_k);
     const int row = threadIdx.x % 32 / 8;
-    if (threadIdx.x % 8 == 0 && row < ROWS) counts[row] = {count, int(ordered(least))};
+    float bound = -infinity();
+    for_rows(count > top_k, [&](int r) {
+      const float x = bound_of_row(r, top_k);
+      if (row == r) bound = x;
+    });
+    if (threadIdx.x % 8 == 0 && row < ROWS) counts[row] = {count, int(ordered(bound))};
   }
 
-  // least as high as a row's histogram lets it be, of the rows that ask for it.
-  __device__ void raise(bool asks, int top_k) {
-    for (unsigned left = __ballot_sync(~0u, asks); left;) {
-      const int r = (__ffs(left) - 1) / 8;
-      left &= ~(0xffu << 8 * r);
-      const float found = raised(
-          steps[r], __shfl_sync(~0u, least, 8 * r), __shfl_sync(~0u, low, 8 * r), __shfl_sync(~0u, per_step, 8 * r), top_k);
-      if (threadIdx.x % 32 / 8 == r) least = found, next = again_with(count, top_k);
-    }
+  __device__ float bound_of_row(int r, int top_k) const {
+    return bound_of(steps[r], __shfl_sync(~0u, low, 8 * r), __shfl_sync(~0u, per_step, 8 * r), top_k);
   }
 
   // The list cut down to the top_k and a few more.

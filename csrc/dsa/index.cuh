@@ -20,11 +20,14 @@ namespace nam56r::dsa {
 constexpr int kGroups = 3, kGroupKeys = 64, kKeys = kGroups * kGroupKeys, kColumns = 128;
 constexpr int kSpread = 4;  // a row of scores begins on another bank than the one before it
 
-// What a block holds: a head's features are D of 64 or 128 (fewer are filled up), and of its queries as many steps of 128
-// (head, query) as there is room for.
-template <int D_, int QUERIES_>
+// What a block holds: queries as rows of D columns of 16 bits, 64 or 128 (fewer are filled up), PACK heads in each, in tiles of 128
+// (head, query), as many as there is room for. 8-bit features lie two in a column, so that a head's are a row, a half or a quarter.
+template <typename T_, int D_, int QUERIES_, int PACK_ = 1>
 struct Shape {
-  static constexpr int D = D_, QUERIES = QUERIES_, HEADS = kColumns / QUERIES, STEPS = 512 / D, MOST = STEPS * HEADS;
+  using T = T_;
+  static constexpr bool kScaled = sizeof(T) == 1;
+  static constexpr int D = D_, QUERIES = QUERIES_, PACK = PACK_, HEADS = kColumns / QUERIES;  // HEADS: of a product
+  static constexpr int TILES = 512 / D / (PACK == 4 ? 2 : 1), MOST = TILES * HEADS * PACK;
   static constexpr int FILTERS = D == 64 ? 8 : 4, ROWS = QUERIES / FILTERS;  // warps that filter, and the queries of one
   static constexpr int THREADS = 128 * kGroups + 32 * FILTERS;
   static constexpr int MULTIPLYING = FILTERS == 8 ? 120 : 136, FILTERING = FILTERS == 8 ? 56 : 104;  // registers of a thread
@@ -32,14 +35,14 @@ struct Shape {
 
 template <class Sh>
 struct Shared {
-  Tile<kColumns, Sh::D> q[Sh::STEPS];
+  Tile<kColumns, Sh::D> q[Sh::TILES];
   Tile<kGroupKeys, Sh::D> k[kGroups];
   float score[2][Sh::QUERIES][kKeys + kSpread];
   float weight[Sh::MOST][Sh::QUERIES];
   Steps steps[Sh::QUERIES];
   Bins bins[Sh::FILTERS];
   int odd;  // there was a score that is NaN
-  Arrival q_here[Sh::STEPS], k_here[kGroups], full[2], free[2];
+  Arrival q_here[Sh::TILES], k_here[kGroups], full[2], free[2];
 };
 
 // relu that lets NaN through
@@ -49,10 +52,12 @@ __device__ inline float relu(float x) {
   return y;
 }
 
-template <typename T, class Sh>
+template <class Sh>
 __global__ void __launch_bounds__(Sh::THREADS, 1) index(const __grid_constant__ Arguments a, const __grid_constant__ Maps maps) {
 #if NAM56R_HOPPER
-  constexpr int QUERIES = Sh::QUERIES, EACH = QUERIES < 8 ? 1 : QUERIES / 8;  // EACH: products' eights of columns of a head
+  constexpr int QUERIES = Sh::QUERIES, PACK = Sh::PACK, EACH = QUERIES < 8 ? 1 : QUERIES / 8;  // EACH: products' eights of columns of a head
+  constexpr int SUMS = Sh::D / 16 / PACK;  // products of a step, each over 16 columns
+  using T = typename Sh::T;
   extern __shared__ __align__(1024) char bytes[];
   auto& s = *reinterpret_cast<Shared<Sh>*>(bytes);
   if (threadIdx.x == 0) {
@@ -64,7 +69,7 @@ __global__ void __launch_bounds__(Sh::THREADS, 1) index(const __grid_constant__ 
   }
   __syncthreads();
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
-  const int steps = (a.heads + Sh::HEADS - 1) / Sh::HEADS;
+  const int tiles_of_q = (a.heads + Sh::HEADS * PACK - 1) / (Sh::HEADS * PACK);
   // Long pieces before short ones, and the other way round every other time.
   const auto piece_of = [&](int round) { return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x); };
   int tile = 0;  // of scores, since the beginning
@@ -103,7 +108,7 @@ __global__ void __launch_bounds__(Sh::THREADS, 1) index(const __grid_constant__ 
     };
     wait_at(kGroup + kGroups, 128 * kGroups);  // the queries before these aren't used any more
     if (threadIdx.x == 0)
-      for (int i = 0; i < steps; ++i) {
+      for (int i = 0; i < tiles_of_q; ++i) {
         s.q_here[i].expect(sizeof(s.q[i]));
 #pragma unroll
         for (int part = 0; part < Sh::D / 64; ++part) s.q_here[i].copy_rows(&s.q[i].x[part][0][0], &maps.q, part * 64, query, i * Sh::HEADS, batch);
@@ -118,20 +123,27 @@ __global__ void __launch_bounds__(Sh::THREADS, 1) index(const __grid_constant__ 
     wait_at(kGroup + kGroups, 128 * kGroups);
 
     for (int j = 0; j < tiles; ++j, ++tile) {
-      unsigned k[Sh::D / 16][4];
+      unsigned k[SUMS][4];
       s.k_here[group].wait(tile % 2);
 #pragma unroll
-      for (int c = 0; c < Sh::D / 16; ++c) s.k[group].operand(k[c], warp_row(), c * 16);
+      for (int c = 0; c < SUMS; ++c) s.k[group].operand(k[c], warp_row(), c * 16);
+      const int key = group * kGroupKeys + warp_row() + lane / 4;  // and the one eight on, of the tile
+      float scale[2];
+      if constexpr (Sh::kScaled) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) scale[i] = a.scales[(long long)batch * a.length + min(first + j * kKeys + key + 8 * i, a.length - 1)];
+      }
 
       float sum[EACH][4] = {};
-      for (int step = 0; step < steps; ++step) {
-        if (j == 0) s.q_here[step].wait(round % 2);
+      for (int step = 0; step < tiles_of_q * PACK; ++step) {
+        if (j == 0) s.q_here[step / PACK].wait(round % 2);
         float p[kColumns / 8][4];
-        const auto& q = s.q[anew(step)];
+        const auto& q = s.q[anew(step / PACK)];
+        const int from = step % PACK * SUMS * 16;
         start();
-        Product<T, kColumns>::template held_first<kAcross>(p, k[0], q.descriptor(0, 0));
+        Product<T, kColumns>::template held_first<kAcross>(p, k[0], q.descriptor(0, from));
 #pragma unroll
-        for (int c = 1; c < Sh::D / 16; ++c) Product<T, kColumns>::template held<kAcross>(p, k[c], q.descriptor(0, c * 16));
+        for (int c = 1; c < SUMS; ++c) Product<T, kColumns>::template held<kAcross>(p, k[c], q.descriptor(0, from + c * 16));
         finish();
         keep(p), keep(k);
         if (step == 0) {
@@ -141,7 +153,7 @@ __global__ void __launch_bounds__(Sh::THREADS, 1) index(const __grid_constant__ 
         const auto add = [&](auto whole) {
 #pragma unroll
           for (int i = 0; i < kColumns / 8; i += EACH) {
-            const int column = QUERIES < 8 ? i * 2 + lane % 4 / 2 : i / EACH, head = step * Sh::HEADS + column;
+            const int column = QUERIES < 8 ? i * 2 + lane % 4 / 2 : i / EACH, head = (step / PACK * Sh::HEADS + column) * PACK + step % PACK;
             if (!whole && head >= a.heads) continue;
             const float* w = &s.weight[head][QUERIES < 8 ? lane % 2 * 2 : lane % 4 * 2 * EACH];
 #pragma unroll
@@ -152,19 +164,19 @@ __global__ void __launch_bounds__(Sh::THREADS, 1) index(const __grid_constant__ 
             }
           }
         };
-        if ((step + 1) * Sh::HEADS <= a.heads) add(Bool<true>{});
+        if ((step / PACK + 1) * Sh::HEADS * PACK <= a.heads) add(Bool<true>{});
         else add(Bool<false>{});
       }
 
       bool odd = false;
       s.free[tile % 2].wait(tile / 2 % 2 ^ 1);
-      const int key = group * kGroupKeys + warp_row() + lane / 4;
 #pragma unroll
       for (int e = 0; e < EACH; ++e)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float x = sum[e][i];
           if (QUERIES < 8) x += __shfl_xor_sync(~0u, x, 2);  // the thread's own are half of the heads
+          if constexpr (Sh::kScaled) x *= scale[i / 2];
           const int row = QUERIES < 8 ? lane % 2 * 2 + i % 2 : e * 8 + lane % 4 * 2 + i % 2;
           if (QUERIES >= 8 || lane % 4 < 2) s.score[tile % 2][row][key + i / 2 * 8] = x;
           odd = odd || x != x;

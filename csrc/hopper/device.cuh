@@ -14,6 +14,7 @@ namespace nam56r {
 
 struct BFloat16 { unsigned short bits; };
 struct Float16 { unsigned short bits; };
+struct E4M3 { unsigned char bits; };
 
 template <bool kIs> struct Bool {
   __device__ constexpr operator bool() const { return kIs; }

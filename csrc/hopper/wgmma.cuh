@@ -107,6 +107,23 @@ template <typename T, int n> struct Product;
 NAM56R_PRODUCTS(BFloat16, "bf16")
 NAM56R_PRODUCTS(Float16, "f16")
 
+// Of 8-bit elements, two where one of 16 bits would be; the sum is over 32.
+template <> struct Product<E4M3, 128> {
+  template <int b_is>
+  __device__ static void held(float (&d)[16][4], const unsigned (&a)[4], unsigned long long b) {
+    static_assert(b_is == kAcross);
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" NAM56R_LIST128 "}, {%64, %65, %66, %67}, %68, 1, 1, 1;"
+                 : NAM56R_D128(NAM56R_OLD) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+  template <int b_is>
+  __device__ static void held_first(float (&d)[16][4], const unsigned (&a)[4], unsigned long long b) {
+    static_assert(b_is == kAcross);
+    asm volatile("{.reg .pred p;\nsetp.ne.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" NAM56R_LIST128
+                 "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n}"
+                 : NAM56R_D128(NAM56R_NEW) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
 // d = a b^T, 64 rows of a; between start and finish: the k-th 16 columns of both tiles, or all `columns`.
 template <typename T, int eights, class A, class B>
 __device__ __forceinline__ void product_across(float (&d)[eights][4], const A& a, const B& b, int k) {

@@ -29,7 +29,8 @@ def index_top_k(
     weights     [B, S, Hi]      any of those dtypes
     top_k       at least 1; may exceed S
     cu_seqlens  [n + 1] int32, sequences packed into one row (B = 1); a query's keys stay within its sequence
-    kernel      a name from the registry; None takes the first that accepts the problem
+    kernel      a name from the registry; None takes the first that accepts the problem. "cuda_fp8" rounds the rows of
+                q and k to e4m3 first, each with a scale of its own, and is never taken without being named
     Returns indices [B, S, top_k] int32: the chosen positions in S (with cu_seqlens too: in the packed row, not in the
     sequence), ascending, then -1 where there are no more keys. A key whose score is NaN is never chosen, and sets a flag
     on the device (`status.nan_scores`); -inf is a score like others, the lowest. No gradient.

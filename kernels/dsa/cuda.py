@@ -2,8 +2,9 @@
 
 It is made of wgmma and TMA, so it runs on compute capability 9.0 only, from code that the extension holds.
 
-Memory: indices, and lists of candidates for the queries of a launch, which are as many as have lists of 256 MiB, but at
+Memory: indices, and lists of candidates for the queries of a launch, which are as many as have lists of 320 MiB, but at
 least those that all processors hold at once; 8 bytes for each of up to 6 top_k + 512 entries. It doesn't grow with S.
+`cuda_fp8` has q and k in 8 bits besides.
 """
 
 from __future__ import annotations
@@ -18,13 +19,19 @@ DTYPES = (torch.bfloat16, torch.float16)
 DIMS = (32, 64, 128)
 HEADS, TOP_K = 128, 4096
 MOST = 2**30  # queries and keys
-REGISTERED = extension.has("dsa_index")
+REGISTERED = extension.has("dsa_index_fp8")
 
 
 def index_top_k(q, k, weights, top_k, *, cu_seqlens):
     """See `nam56r.kernels.dsa.index_top_k`."""
     inputs = (t.detach() for t in (q, k, weights.float()))
     return torch.ops.nam56r.dsa_index(*inputs, top_k, cu_seqlens, flag(q.device))
+
+
+def index_top_k_fp8(q, k, weights, top_k, *, cu_seqlens):
+    """The same of q and k as `reference.rounded_to_e4m3` gives them; products are added up as the tensor cores do in e4m3."""
+    inputs = (t.detach() for t in (q, k, weights.float()))
+    return torch.ops.nam56r.dsa_index_fp8(*inputs, top_k, cu_seqlens, flag(q.device))
 
 
 def refuses(problem: Problem) -> tuple[str, ...]:
@@ -49,7 +56,8 @@ def refuses(problem: Problem) -> tuple[str, ...]:
 
 
 if REGISTERED:
-    torch.library.register_fake(
-        "nam56r::dsa_index",
-        lambda q, k, weights, top_k, cu_seqlens, status: q.new_empty((*q.shape[:2], top_k), dtype=torch.int32),
-    )
+    for operator in ("dsa_index", "dsa_index_fp8"):
+        torch.library.register_fake(
+            f"nam56r::{operator}",
+            lambda q, k, weights, top_k, cu_seqlens, status: q.new_empty((*q.shape[:2], top_k), dtype=torch.int32),
+        )

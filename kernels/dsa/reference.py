@@ -75,6 +75,18 @@ def indexer_kl_loss(index_q, index_k, index_weights, q, kv, indices, lse, *, sca
     return torch.cat(losses, 1).to(torch.promote_types(dtype, torch.float32))
 
 
+def rounded_to_e4m3(x):
+    """x [..., D] in fp32 as the nearest rows of e4m3 times a power of two each, the least that keeps the row within 448.
+
+    Exact but for e4m3's three bits and, 2^-17 of a row's largest or less, its least step. A row with inf or NaN is NaN.
+    """
+    largest = x.float().abs().amax(-1, keepdim=True)
+    part, exponent = largest.frexp()  # 448 = 0.875 · 2^9
+    scale = torch.ldexp(torch.ones_like(part), (exponent - 9 + (part > 0.875)).clamp_min(-126))
+    scale = torch.where(largest.isfinite(), scale, torch.nan)
+    return (x.float() / scale).to(torch.float8_e4m3fn).float() * scale
+
+
 def index_scores(q, k, weights):
     """I = Σ_h w_h · relu(q_h · k): q [B, T, Hi, Di], weights [B, T, Hi], k as in `_dot`; gives [B, T, keys]."""
     return torch.einsum("bth,bthk->btk", weights, _dot(q, k).relu())

@@ -9,6 +9,7 @@ from nam56r.kernels.registry import Kernel
 
 KERNELS = (
     Kernel("index_top_k", "cuda", cuda.index_top_k, cuda.refuses),
+    Kernel("index_top_k", "cuda_fp8", cuda.index_top_k_fp8, cuda.refuses, role="rounding"),
     Kernel("index_top_k", "reference", reference.index_top_k, role="development"),
     Kernel("sparse_latent_attention", "triton", triton.sparse_latent_attention, triton.refuses),
     Kernel(

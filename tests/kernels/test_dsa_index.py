@@ -7,7 +7,11 @@ import torch
 
 from nam56r.kernels.dsa import index_top_k, reference
 from nam56r.kernels.dsa.status import nan_scores
+from nam56r.kernels.registry import Problem, candidates
 
+# kernel -> q and k as it takes them, and what its sums may lose of a row's highest score
+KERNELS = {"cuda": (lambda x: x, 1e-5), "cuda_fp8": (reference.rounded_to_e4m3, 2e-3)}
+every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -45,22 +49,27 @@ def scores_of(q, k, weights, cu_seqlens=None):
     return scores.masked_fill(~seen, -INF), seen
 
 
-def judge(q, k, weights, top_k, cu_seqlens=None):
+def taken(kernel, q, k, weights):
+    as_taken, _ = KERNELS[kernel]
+    return as_taken(q), as_taken(k), weights
+
+
+def judge(kernel, q, k, weights, top_k, cu_seqlens=None):
     """Rising, as many as there are, and none left out that is above one taken by more than fp32's sums lose."""
-    found = index_top_k(q, k, weights, top_k, cu_seqlens=cu_seqlens, kernel="cuda").long()
-    scores, seen = scores_of(q, k, weights, cu_seqlens)
+    found = index_top_k(q, k, weights, top_k, cu_seqlens=cu_seqlens, kernel=kernel).long()
+    scores, seen = scores_of(*taken(kernel, q, k, weights), cu_seqlens)
     here = found >= 0
-    taken = torch.zeros(*scores.shape[:2], scores.shape[2] + 1, dtype=torch.bool, device=q.device)
-    taken = taken.scatter(-1, torch.where(here, found, scores.shape[2]), True)[..., :-1]
-    assert torch.equal(taken.sum(-1), here.sum(-1)) and torch.equal(
+    chosen = torch.zeros(*scores.shape[:2], scores.shape[2] + 1, dtype=torch.bool, device=q.device)
+    chosen = chosen.scatter(-1, torch.where(here, found, scores.shape[2]), True)[..., :-1]
+    assert torch.equal(chosen.sum(-1), here.sum(-1)) and torch.equal(
         here.sum(-1), seen.sum(-1).clamp(max=top_k).expand(here.shape[:2])
     )
-    assert not (taken & ~seen).any()
+    assert not (chosen & ~seen).any()
     rising = found.diff(dim=-1)
     assert ((rising > 0) | ~here[..., 1:]).all()
-    lowest = scores.masked_fill(~taken, INF).amin(-1)
-    highest = scores.masked_fill(taken | ~seen, -INF).amax(-1)
-    slack = 1e-5 * scores.masked_fill(~seen, 0).abs().amax(-1)
+    lowest = scores.masked_fill(~chosen, INF).amin(-1)
+    highest = scores.masked_fill(chosen | ~seen, -INF).amax(-1)
+    slack = KERNELS[kernel][1] * scores.masked_fill(~seen, 0).abs().amax(-1)
     assert (highest <= lowest + slack).all()
 
 
@@ -69,27 +78,29 @@ def judge(q, k, weights, top_k, cu_seqlens=None):
     "Hi, Di", [(1, 32), (3, 64), (32, 64), (33, 64), (128, 64), (8, 128), (64, 128), (100, 128), (32, 32)]
 )
 @pytest.mark.parametrize("S, top_k", [(1, 1), (7, 16), (65, 16), (977, 64)])
-def test_shapes(S, top_k, Hi, Di, dtype):
-    judge(*draw(2, S, Hi, Di, dtype=dtype), top_k)
+@every_kernel
+def test_shapes(kernel, S, top_k, Hi, Di, dtype):
+    judge(kernel, *draw(2, S, Hi, Di, dtype=dtype), top_k)
 
 
 @pytest.mark.parametrize("top_k", [1, 16, 100, 256, 2048, 4096])
 @pytest.mark.parametrize("S", [1000, 5000])
-def test_long_rows(S, top_k):
-    judge(*draw(1, S, 32, 64), top_k)
+@every_kernel
+def test_long_rows(kernel, S, top_k):
+    judge(kernel, *draw(1, S, 32, 64), top_k)
 
 
 @pytest.mark.parametrize("Hi, Di", [(1, 32), (2, 64), (32, 64), (40, 64), (64, 128), (128, 128)])
 @pytest.mark.parametrize("top_k", [16, 300])
 @pytest.mark.parametrize("cu", [None, CU, [0, 2500]])
-def test_ties(Hi, Di, top_k, cu):
+@every_kernel
+def test_ties(kernel, Hi, Di, top_k, cu):
     """Scores that are exact, many equal: the very set of the definition."""
     S = cu[-1] if cu else 3000
     x = draw(1 if cu else 2, S, Hi, Di, whole=True)
     cu = packed(cu) if cu else None
-    assert torch.equal(
-        index_top_k(*x, top_k, cu_seqlens=cu, kernel="cuda"), reference.index_top_k(*x, top_k, cu_seqlens=cu)
-    )
+    wanted = reference.index_top_k(*x, top_k, cu_seqlens=cu)
+    assert torch.equal(index_top_k(*x, top_k, cu_seqlens=cu, kernel=kernel), wanted)
 
 
 def of_scores(scores, Hi=2, Di=64):
@@ -104,7 +115,8 @@ def of_scores(scores, Hi=2, Di=64):
 
 @pytest.mark.parametrize("name", ["rising", "falling", "equal", "zeros", "special", "nan", "steps", "tiny", "huge"])
 @pytest.mark.parametrize("top_k", [1, 16, 256])
-def test_orders(name, top_k):
+@every_kernel
+def test_orders(kernel, name, top_k):
     """Rows that fill the lists at every key, at none, and with what isn't a number."""
     S = 2500
     at = torch.arange(S, device="cuda", dtype=torch.float32)
@@ -115,46 +127,60 @@ def test_orders(name, top_k):
         "steps": (at // 100) * (1 - at % 2 * 2), "tiny": at * 2.0**-130, "huge": (at - 1000) * 2.0**110,
     }[name]  # fmt: skip
     x = of_scores(scores)
+    wanted = reference.index_top_k(*taken(kernel, *x), top_k)
     nan_scores("cuda")
-    assert torch.equal(index_top_k(*x, top_k, kernel="cuda"), reference.index_top_k(*x, top_k))
-    assert nan_scores("cuda") == scores.isnan().any().item() and not nan_scores("cuda")
+    assert torch.equal(index_top_k(*x, top_k, kernel=kernel), wanted)
+    odd = ~scores.isfinite() if kernel == "cuda_fp8" else scores.isnan()  # a row of e4m3 has no inf
+    assert nan_scores("cuda") == odd.any().item() and not nan_scores("cuda")
 
 
 @pytest.mark.parametrize("S", [700, 5000])
-def test_same_bits_and_a_graph(S):
+@every_kernel
+def test_same_bits_and_a_graph(kernel, S):
     """Twice the same; replayed with other inputs, what eager gives for these."""
     first, other = draw(1, S, 32, 64), draw(1, S, 32, 64, seed=1)
-    found = index_top_k(*first, 100, kernel="cuda")
-    assert torch.equal(found, index_top_k(*first, 100, kernel="cuda"))
+    found = index_top_k(*first, 100, kernel=kernel)
+    assert torch.equal(found, index_top_k(*first, 100, kernel=kernel))
     static = [t.clone() for t in first]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        replayed = index_top_k(*static, 100, kernel="cuda")
+        replayed = index_top_k(*static, 100, kernel=kernel)
     for inputs in (other, first):
         for mine, theirs in zip(static, inputs):
             mine.copy_(theirs)
         graph.replay()
-        assert torch.equal(replayed, index_top_k(*inputs, 100, kernel="cuda"))
+        assert torch.equal(replayed, index_top_k(*inputs, 100, kernel=kernel))
 
 
-def test_any_strides():
+@every_kernel
+def test_any_strides(kernel):
     q, k, weights = draw(2, 300, 32, 64)
-    wanted = index_top_k(q, k, weights, 40, kernel="cuda")
+    wanted = index_top_k(q, k, weights, 40, kernel=kernel)
     strided = [
         torch.stack((t, t), -1)[..., 0] if i == 0 else t.transpose(0, 1).contiguous().transpose(0, 1)
         for i, t in enumerate((q, k, weights))
     ]
     padded = torch.nn.functional.pad(q, (0, 8))[..., :64], torch.nn.functional.pad(k, (0, 3))[..., :64], weights.float()
     for x in (strided, padded):
-        assert not x[0].is_contiguous() and torch.equal(index_top_k(*x, 40, kernel="cuda"), wanted)
+        assert not x[0].is_contiguous() and torch.equal(index_top_k(*x, 40, kernel=kernel), wanted)
 
 
-def test_registered_right():
+@pytest.mark.parametrize("name", ["dsa_index", "dsa_index_fp8"])
+def test_registered_right(name):
     q, k, weights = draw(1, 65, 4, 64)
     status = torch.zeros(1, dtype=torch.int32, device="cuda")
-    torch.library.opcheck(torch.ops.nam56r.dsa_index, (q, k, weights.float(), 16, None, status))
+    torch.library.opcheck(getattr(torch.ops.nam56r, name), (q, k, weights.float(), 16, None, status))
 
 
-def test_nothing_in_nothing_out():
+@every_kernel
+def test_nothing_in_nothing_out(kernel):
     for shape in ((0, 4), (2, 0)):
-        assert index_top_k(*draw(*shape, 4, 64), 3, kernel="cuda").shape == (*shape, 3)
+        assert index_top_k(*draw(*shape, 4, 64), 3, kernel=kernel).shape == (*shape, 3)
+
+
+def test_fp8_is_never_taken_without_its_name():
+    q, k, weights = draw(1, 65, 4, 64)
+    problem = Problem.of("index_top_k", q=q, k=k, weights=weights, top_k=16, cu_seqlens=None)
+    (fp8,) = (one for one in candidates("index_top_k") if one.name == "cuda_fp8")
+    assert not fp8.reasons(problem, by_name=True)
+    assert "its inputs are rounded to fewer bits" in fp8.reasons(problem, by_name=False)[0]
