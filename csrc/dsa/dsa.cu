@@ -75,7 +75,7 @@ struct Request {
                     tensor_map<4>("dsa_index", k_rows, {k_columns, a.length, a.batch, 1}, k_strides, {64, kGroupKeys, 1, 1})};
     const auto kernel = index<Sh>;
     const auto selecting = select<Sh::QUERIES>;
-    const int room = Room(a.top_k).bytes();
+    const int room = kSelecting / 32 * Room(a.top_k).bytes();
     STD_CUDA_CHECK(cudaFuncSetAttribute(
         reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(sizeof(Shared<Sh>))));
     STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(selecting), cudaFuncAttributeMaxDynamicSharedMemorySize, room));

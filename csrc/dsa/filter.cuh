@@ -188,7 +188,7 @@ struct Rows {
   __device__ void thin(int r, const Arguments& a, Bins& bins) {
     uint2* list = lists + r * a.capacity;
     int left = __shfl_sync(~0u, count, 8 * r);
-    const Cut at = cut<32>(Listed<4>{list, left}, a.top_k, a.top_k + a.top_k / 8, bins);
+    const Cut at = cut(Listed<4>{list, left}, a.top_k, a.top_k + a.top_k / 8, bins);
     left = keep_above(Listed<4>{list, left}, at, [&](int place, unsigned u, unsigned of) { list[place] = {u, of}; });
     __syncwarp();
     const float from = unordered(at.from), to = unordered(at.highest), each = begin(steps[r], from, to + (to - from));

@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(Sh::THREADS, 1) index(const __grid_constant__ 
       s.k_here[group].wait(tile % 2);
 #pragma unroll
       for (int c = 0; c < SUMS; ++c) s.k[group].operand(k[c], warp_row(), c * 16);
-      const int key = group * kGroupKeys + warp_row() + lane / 4;  // and the one eight on, of the tile
+      const int key = group * kGroupKeys + warp_row() + lane_anew() / 4;  // and the one eight on, of the tile
       float scale[2];
       if constexpr (Sh::kScaled) {
 #pragma unroll

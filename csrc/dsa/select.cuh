@@ -1,4 +1,4 @@
-// The exact top_k of a list of candidates, by a warp or a block.
+// The exact top_k of a list of candidates, by a warp.
 //
 // The k-th best is found by histograms: kBins bins between the lowest and the highest score, then as many inside the bin that it
 // is in, until what is at or above the bin is few enough, or what is in it fits a warp's lanes, which then look for it bit by
@@ -20,8 +20,8 @@ __device__ inline unsigned ordered(float x) {
 __device__ inline float unordered(unsigned u) { return __uint_as_float(u >> 31 ? u ^ 0x80000000u : ~u); }
 
 // A list in memory, read by a warp, two entries a lane and AHEAD times 64 at once: f(score, key, the next score, its key), in order.
-// Scores are 0 past the end.
-template <int AHEAD>
+// Scores are 0 past the end. kPlaces: f gets places in the list instead of keys.
+template <int AHEAD, bool kPlaces = false>
 struct Listed {
   const uint2* list;
   int count;
@@ -37,23 +37,25 @@ struct Listed {
         if (at + 1 >= count) x[i].z = 0;
       }
 #pragma unroll
-      for (int i = 0; i < AHEAD; ++i) f(x[i].x, x[i].y, x[i].z, x[i].w);
+      for (int i = 0; i < AHEAD; ++i) {
+        const unsigned at = from + i * 64 + threadIdx.x % 32 * 2;
+        f(x[i].x, kPlaces ? at : x[i].y, x[i].z, kPlaces ? at + 1 : x[i].w);
+      }
     }
   }
 };
 
-// Scores in shared memory from `first` on, read in the same way by THREADS threads: f(score, its place, the next score, its place).
-template <int THREADS>
+// Scores in shared memory, read in the same way: f(score, its place, the next score, its place).
 struct Staged {
   const unsigned* score;
-  int first, end;
+  int count;
 
   template <class F>
   __device__ __forceinline__ void operator()(F f) const {
-    for (int from = first; from < end; from += 2 * THREADS) {
-      const int at = from + threadIdx.x % THREADS * 2;
-      uint2 x = at < end ? *reinterpret_cast<const uint2*>(score + at) : uint2{0, 0};
-      if (at + 1 >= end) x.y = 0;
+    for (int from = 0; from < count; from += 64) {
+      const int at = from + threadIdx.x % 32 * 2;
+      uint2 x = at < count ? *reinterpret_cast<const uint2*>(score + at) : uint2{0, 0};
+      if (at + 1 >= count) x.y = 0;
       f(x.x, unsigned(at), x.y, unsigned(at + 1));
     }
   }
@@ -77,18 +79,11 @@ __device__ inline int from_lane_on(int x) {
   return x;
 }
 
-// What THREADS threads, a warp or a block, share to find a cut.
+// What a warp needs to find a cut.
 struct alignas(16) Bins {
   int count[kBins];
-  unsigned low, high;
   int filled;
 };
-
-template <int THREADS>
-__device__ __forceinline__ void together() {
-  if constexpr (THREADS == 32) __syncwarp();
-  else __syncthreads();
-}
 
 // The scores above `from` are fewer than k; those at it, of which the first `alike` count, make them k or up to `most`.
 struct Cut {
@@ -97,31 +92,26 @@ struct Cut {
 };
 constexpr int kAll = 1 << 30;
 
-// Of scores(f), as above. All threads find the same.
-template <int THREADS, class Scores>
+// Of scores(f), as above. All lanes find the same.
+template <class Scores>
 __device__ inline Cut cut(const Scores& scores, int k, int most, Bins& bins) {
   constexpr int MINE = kBins / 32;
-  const int thread = threadIdx.x % THREADS, lane = lane_anew();
-  if (thread == 0) bins.low = ~0u, bins.high = 0;
-  together<THREADS>();
+  const int lane = lane_anew();
   unsigned low = ~0u, high = 0;
   // 0 counts for neither
   scores([&](unsigned u, unsigned, unsigned v, unsigned) { low = min(low, min(u - 1, v - 1)), high = max(high, max(u, v)); });
-  low = __reduce_min_sync(~0u, low), high = __reduce_max_sync(~0u, high);
-  if (lane == 0) atomicMin(&bins.low, low), atomicMax(&bins.high, high);
-  together<THREADS>();
-  low = bins.low + 1, high = bins.high;
+  low = __reduce_min_sync(~0u, low) + 1, high = __reduce_max_sync(~0u, high);
   const unsigned highest = high;
   for (int above = 0;;) {
     const int shift = max(0, 32 - __clz(high - low) - kBinBits);
-    for (int i = thread; i < kBins; i += THREADS) bins.count[i] = 0;
-    if (thread == 0) bins.filled = 0;
-    together<THREADS>();
+    for (int i = lane; i < kBins; i += 32) bins.count[i] = 0;
+    if (lane == 0) bins.filled = 0;
+    __syncwarp();
     scores([&](unsigned u, unsigned, unsigned v, unsigned) {
       if (u >= low && u <= high) atomicAdd(&bins.count[(u - low) >> shift], 1);
       if (v >= low && v <= high) atomicAdd(&bins.count[(v - low) >> shift], 1);
     });
-    together<THREADS>();
+    __syncwarp();
     int sum = 0, mine[MINE];
 #pragma unroll
     for (int i = 0; i < MINE; ++i) mine[i] = bins.count[lane * MINE + i], sum += mine[i];
@@ -141,13 +131,13 @@ __device__ inline Cut cut(const Scores& scores, int k, int most, Bins& bins) {
     if (above + here <= most) return {low, highest, kAll};
     if (shift == 0) return {low, highest, k - above};
     high = low + min(high - low, (1u << shift) - 1);
-    together<THREADS>();  // all have read the bins
+    __syncwarp();  // all have read the bins
     if (here > 32) continue;
     const auto collect = [&](unsigned u) {
       if (u >= low && u <= high) bins.count[atomicAdd(&bins.filled, 1)] = int(u - low);
     };
     scores([&](unsigned u, unsigned, unsigned v, unsigned) { collect(u), collect(v); });
-    together<THREADS>();
+    __syncwarp();
     const unsigned own = lane < here ? unsigned(bins.count[lane]) : 0u;
     unsigned from = 0;
     for (int bit = shift - 1; bit >= 0; --bit)
@@ -184,17 +174,17 @@ __device__ __forceinline__ int keep_above(const Entries& entries, const Cut& cut
 // it. Bound: latency, which the other warps of the processor hide.
 constexpr int kSelecting = 128;
 
-// Bytes of a block's rows: room for somewhat more than top_k entries each.
+// Of a warp: room for somewhat more than top_k scores, and for their places in the list.
 struct Room {
   int entries;
-  __host__ __device__ explicit Room(int top_k) : entries((top_k + top_k / 2 + 128 + 63) / 64 * 64) {}
-  __host__ __device__ int bytes() const { return kSelecting / 32 * 8 * entries; }
+  __host__ __device__ explicit Room(int top_k) : entries((top_k + top_k / 8 + 192 + 63) / 64 * 64) {}
+  __host__ __device__ int bytes() const { return entries * int(sizeof(unsigned) + sizeof(unsigned short)); }
 };
 
 template <int QUERIES>
 __global__ void __launch_bounds__(kSelecting) select(const __grid_constant__ Arguments a) {
 #if NAM56R_HOPPER
-  extern __shared__ __align__(16) unsigned room[];
+  extern __shared__ __align__(16) char bytes[];
   __shared__ Bins bins[kSelecting / 32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = blockIdx.x * (kSelecting / 32) + warp;
   if (row >= a.pieces * QUERIES) return;
@@ -208,20 +198,21 @@ __global__ void __launch_bounds__(kSelecting) select(const __grid_constant__ Arg
     for (int i = lane; i < a.top_k; i += 32) to[i] = i < count ? int(list[i].y) : -1;
     return;
   }
-  const int entries = Room(a.top_k).entries;
-  unsigned *score = room + warp * 2 * entries, *key = score + entries;
-  const Listed<4> listed{list, count};
-  const int left = keep_above(listed, {unsigned(least), 0, kAll}, [&](int place, unsigned u, unsigned of) {
-    if (place < entries) score[place] = u, key[place] = of;
+  const Room room(a.top_k);
+  auto* score = reinterpret_cast<unsigned*>(bytes + warp * room.bytes());
+  auto* from = reinterpret_cast<unsigned short*>(score + room.entries);
+  const int left = keep_above(Listed<4, true>{list, count}, {unsigned(least), 0, kAll}, [&](int place, unsigned u, unsigned at) {
+    if (place < room.entries) score[place] = u, from[place] = (unsigned short)at;
   });
   __syncwarp();
-  if (left <= entries) {
-    const Staged<32> staged{score, 0, left};
-    const Cut at = cut<32>(staged, a.top_k, a.top_k, bins[warp]);
-    keep_above(staged, at, [&](int place, unsigned, unsigned entry) { to[place] = int(key[entry]); });
+  if (left <= room.entries) {
+    const Staged staged{score, left};
+    const Cut at = cut(staged, a.top_k, a.top_k, bins[warp]);
+    keep_above(staged, at, [&](int place, unsigned, unsigned entry) { to[place] = int(list[from[entry]].y); });
   } else {
-    const Cut at = cut<32>(listed, a.top_k, a.top_k, bins[warp]);
-    keep_above(listed, at, [&](int place, unsigned, unsigned of) { to[place] = int(of); });
+    const Listed<4> listed{list, count};
+    const Cut at = cut(listed, a.top_k, a.top_k, bins[warp]);
+    keep_above(listed, at, [&](int place, unsigned, unsigned key) { to[place] = int(key); });
   }
 #endif
 }
