@@ -6,7 +6,7 @@ choice; nothing decides again at run time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from nam56r.problems import ATTENTION, Arguments, Workload, forms
 from nam56r.recipe import Recipe, Role
 from nam56r.records import Frozen, load_json
 from nam56r.translate import Refusal, together, translate
+from nam56r.translate.contract import named
 
 DENSE = ("mla", "mtp")  # roles with dense attention
 MEGATRON = "megatron"  # the vocabulary-parallel cross entropy, which isn't ours
@@ -134,7 +135,7 @@ def make_plan(
     depths = range(1, recipe.mtp.num_depths + 1)
     mtp = tuple(chooser.part("mtp", f"mtp {depth}", flops.mtp(recipe)) for depth in depths)
     head = chooser.part("head", "head", flops.head(recipe))
-    notes = list(translation.custom_notes)
+    notes = [*translation.custom_notes, *_index_sharing(recipe)]
     if tensor_parallel > 1:
         notes.append("linear_cross_entropy: the vocabulary is split, so Megatron's vocabulary-parallel loss runs")
         if "R" in recipe.layers.layers:
@@ -175,10 +176,18 @@ def kernels_named(settings: Iterable[str]) -> dict[str, str]:
     return chosen
 
 
-def _without_module(recipe: Recipe, role: str, *, indexer: bool) -> dict[str, str]:
+def _index_sharing(recipe: Recipe) -> Iterator[str]:
+    """Whose indices the sparse layers use, where some use another's."""
+    if recipe.shares_indices:
+        users: dict[int, list[str]] = {}
+        for layer, source in recipe.index_sources.items():
+            users.setdefault(source, []).extend([str(layer)] if layer != source else [])
+        shared = "; ".join(f"{source} for {', '.join(by)}" for source, by in users.items() if by)
+        yield f"dsa: {named(recipe.indexer_layers)} compute indices, and the sparse layers between use them: {shared}"
+
+
+def _without_module(recipe: Recipe, role: str) -> dict[str, str]:
     """Why a slot can't be built though its operators have kernels, by operator: what the modules around them lack."""
-    if role == "dsa" and not indexer:
-        return {"sparse_latent_attention": "no layer takes another's indices yet: set dsa.share_every to 1"}
     theta = recipe.mla.rope_theta
     if role in DENSE and not theta > 1:
         return {"mla_queries": f"mla.rope_theta is {theta:g}, but the rotation's frequencies must fall: set it above 1"}
@@ -220,7 +229,7 @@ class _Chooser:
             why_chosen[operator] = _why(problem, chosen[operator], asked_for=operator in self.names)
             if form is not None and operator == ATTENTION[form]:
                 why_chosen[operator] = f"{why_form}; {why_chosen[operator]}"
-        for operator, reason in _without_module(self.work.recipe, role, indexer=indexer).items():
+        for operator, reason in _without_module(self.work.recipe, role).items():
             faults.setdefault(operator, []).append(reason)
             chosen.pop(operator, None)
             why_chosen.pop(operator, None)

@@ -6,7 +6,7 @@ loads from and saves to YAML, and `with_overrides` changes it by dotted keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -160,6 +160,22 @@ class Recipe(Frozen):
     def indexer_layers(self) -> tuple[int, ...]:
         """Numbers of the sparse layers that compute indices; the others share the last ones."""
         return self.sparse_layers[:: self.dsa.share_every]
+
+    @property
+    def index_sources(self) -> dict[int, int]:
+        """Of each sparse layer the one whose indices it uses: itself, or an earlier one."""
+        layers, every = self.sparse_layers, self.dsa.share_every
+        return {layer: layers[i - i % every] for i, layer in enumerate(layers)}
+
+    @property
+    def shares_indices(self) -> bool:
+        """Whether any layer uses another's indices."""
+        return self.indexer_layers != self.sparse_layers
+
+    def carries_indices(self, segments: Iterable[Sequence[int]]) -> bool:
+        """Whether, of segments with these layer numbers, any uses indices of one before it."""
+        sources = self.index_sources
+        return any(sources.get(layer, layer) < segment[0] for segment in segments for layer in segment)
 
     @property
     def roles(self) -> tuple[Role, ...]:

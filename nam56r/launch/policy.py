@@ -54,6 +54,13 @@ def graphs(f: Facts) -> Iterator[Check]:
         "cuda_graphs = local",
     )
     yield check(
+        "graphs: shared indices",
+        kind == "full_iteration" or not f.recipe.shares_indices,
+        f"cuda_graphs {kind}, dsa.share_every {f.recipe.dsa.share_every}",
+        "graphs of single layers hand on the hidden states alone (megatron/core/transformer/cuda_graphs.py)",
+        "cuda_graphs = full_iteration",
+    )
+    yield check(
         "graphs: experts",
         p.ep == 1 or "E" not in f.recipe.layers.layers,
         f"cuda_graphs {kind}, ep {p.ep}",

@@ -62,6 +62,16 @@ def layout(f: Facts) -> Iterator[Check]:
     )
     if p.pp > 1 and segments == wanted and f.layout_fault is None:
         yield from _on_every_rank(f)
+        if f.recipe.carries_indices(f.segments):
+            yield Check(
+                name="shared indices",
+                passed=f.translation.stack_spec is not None,
+                value=f"they travel between stages: {f.recipe.dsa.top_k} of 32 bits beside each token's "
+                f"{f.recipe.hidden_size} features",
+                rule="Megatron's own layers don't hand indices to another stage "
+                "(megatron/core/transformer/experimental_attention_variant/dsa.py), ours do",
+                remedy="pp = 1, vpp = 1; or a layout whose stages begin with a sparse layer that computes indices",
+            )
     if f.recipe.mtp.num_depths:
         last = f"rank {p.pp - 1}, segment {segments} of {segments}"
         yield Check(
@@ -75,11 +85,12 @@ def layout(f: Facts) -> Iterator[Check]:
 
 def _on_every_rank(f: Facts) -> Iterator[Check]:
     """Families whose losses Megatron logs with a reduction over the pipeline that only ranks with such a layer enter."""
+    with_indexer = " with an indexer" * f.recipe.shares_indices
     logged = {
-        "E": (f.recipe.layers.numbers("E") if f.recipe.moe.aux_loss_coeff else (), "auxiliary loss"),
-        "sparse A": (f.recipe.indexer_layers if f.recipe.dsa.loss_coeff else (), "indexer's loss"),
+        "E": (f.recipe.layers.numbers("E") if f.recipe.moe.aux_loss_coeff else (), "", "auxiliary loss"),
+        "sparse A": (f.recipe.indexer_layers if f.recipe.dsa.loss_coeff else (), with_indexer, "indexer's loss"),
     }
-    for family, (layers, loss) in logged.items():
+    for family, (layers, which, loss) in logged.items():
         if not layers:
             continue
         counts = [
@@ -88,7 +99,7 @@ def _on_every_rank(f: Facts) -> Iterator[Check]:
         yield Check(
             name=f"{family} on every stage",
             passed=all(counts),
-            value=f"{family} layers by pipeline rank: {', '.join(map(str, counts))}",
+            value=f"{family} layers{which} by pipeline rank: {', '.join(map(str, counts))}",
             rule=f"the log's sum of the {loss} hangs where a rank has none of them "
             "(megatron/training/training.py, training_log)",
             remedy=f"pp = 1, vpp = 1; or a layout with one on every rank; or a recipe without the {loss}",

@@ -1,7 +1,4 @@
-"""The A slots: dense multi-head latent attention, and DeepSeek sparse attention.
-
-Both keep the parameters, and so the state dict, of Megatron's own modules.
-"""
+"""The dense A slots: multi-head latent attention, with the parameters, and so the state dict, of Megatron's own module."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -20,19 +16,10 @@ from megatron.core.tensor_parallel.mappings import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput, checkpoint
-from megatron.core.transformer.experimental_attention_variant.absorbed_mla import AbsorbedMLASelfAttention
-from megatron.core.transformer.experimental_attention_variant.dsa import (
-    DSAIndexerLossAutoScaler,
-    DSAIndexerLossLoggingHelper,
-    DSAttentionSubmodules,
-)
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-from megatron.core.transformer.spec_utils import build_module
 from torch.autograd.function import once_differentiable
 
-from nam56r.kernels.dsa import index_top_k, indexer_kl_loss, sparse_latent_attention
 from nam56r.kernels.mla import (
     Yarn,
     latent_attention,
@@ -73,18 +60,10 @@ class DownProjection(ColumnParallelLinear):
         return y, None
 
 
-def _swap_down_projections(attention: torch.nn.Module) -> None:
+def swap_down_projections(attention: torch.nn.Module) -> None:
     """Megatron takes ColumnParallelLinear itself only, by identity, so the class changes after it is built."""
     attention.linear_q_down_proj.__class__ = DownProjection
     attention.linear_kv_down_proj.__class__ = DownProjection
-
-
-class SparseAttention(AbsorbedMLASelfAttention):
-    """Megatron's absorbed MLA, for a `SparseCore`."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        _swap_down_projections(self)
 
 
 class DenseAttention(MLASelfAttention):
@@ -105,7 +84,7 @@ class DenseAttention(MLASelfAttention):
         super().__init__(*args, **kwargs)
         if faults := [*self._faults()]:
             raise ValueError(f"DenseAttention: {'; '.join(faults)}")
-        _swap_down_projections(self)
+        swap_down_projections(self)
 
     def _faults(self) -> Iterator[str]:
         if self.config.q_lora_rank is None:
@@ -176,7 +155,7 @@ class DenseAttention(MLASelfAttention):
         elif shards * batch > 1:
             positions = _positions(*mine, batch, kv.device)
         weights = {
-            f"{name}_weight": None if isinstance(norm, IdentityOp) else _awaited(norm).weight
+            f"{name}_weight": None if isinstance(norm, IdentityOp) else awaited(norm).weight
             for name, norm in (("q", self.q_layernorm), ("kv", self.kv_layernorm))
         }
         q_latent, kv = mla_latents(
@@ -213,7 +192,7 @@ class DenseAttention(MLASelfAttention):
     ) -> torch.Tensor:
         """[S, B, H · Dv]. linear_kv_up_proj's weight is two, by which queries and outputs are multiplied."""
         c = self.config
-        weight = _awaited(self.linear_kv_up_proj).weight.unflatten(0, (-1, c.qk_head_dim + c.v_head_dim))
+        weight = awaited(self.linear_kv_up_proj).weight.unflatten(0, (-1, c.qk_head_dim + c.v_head_dim))
         up, value_up = weight.split([c.qk_head_dim, c.v_head_dim], dim=1)  # [H, Dn, L], [H, Dv, L]
         kernel = self.kernels.get("latent_attention")
 
@@ -307,7 +286,7 @@ def _positions(start: int, stop: int, batch: int, device: torch.device) -> torch
         return torch.arange(start, stop, dtype=torch.int32, device=device).repeat_interleave(batch)
 
 
-def _awaited(module: torch.nn.Module) -> torch.nn.Module:
+def awaited(module: torch.nn.Module) -> torch.nn.Module:
     """The module, of which the weights are used and not the forward: what waits for them before it is run.
 
     Megatron's DDP gathers the distributed optimizer's weights behind the forward, and waits in each module's pre-hook.
@@ -315,90 +294,3 @@ def _awaited(module: torch.nn.Module) -> torch.nn.Module:
     for hook in module._forward_pre_hooks.values():
         hook(module, ())
     return module
-
-
-class SparseCore(MegatronModule):
-    """The core of Megatron's AbsorbedMLASelfAttention on our kernels: index, select, attend, and the indexer's loss.
-
-    query [S, B, H, L + Dr], key [S, B, 1, L + Dr] (latent and rope key), x [S, B, D] and qr [S, B, Lq] for the indexer,
-    which learns from its own loss alone -> [S, B, H·L]; the caller applies the value up-projection.
-    """
-
-    kernels: Mapping[str, str] = {}
-
-    def __init__(
-        self,
-        config: Any,
-        submodules: DSAttentionSubmodules,
-        layer_number: int,
-        pg_collection: ProcessGroupCollection,
-        softmax_scale: float | None = None,
-        **_: Any,
-    ):
-        super().__init__(config=config)
-        # Megatron builds the core twice, and knows the scale the second time only
-        self.layer_number, self.scale, self.value_dim = layer_number, softmax_scale, config.kv_lora_rank
-        self.pg_collection = pg_collection
-        self.indexer = build_module(submodules.indexer, config=config, pg_collection=pg_collection)
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: None = None,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        x: torch.Tensor,
-        qr: torch.Tensor,
-        packed_seq_params: PackedSeqParams | None = None,
-        **_: Any,
-    ) -> torch.Tensor:
-        cu_seqlens = cu_seqlens_of(packed_seq_params)
-        if cu_seqlens is not None:  # Megatron's packed form drops the batch dimension
-            query, key = query.unsqueeze(1), key.unsqueeze(1)
-            qr = qr.unsqueeze(1) if qr.ndim == 2 else qr
-        q, kv = query.transpose(0, 1), key.squeeze(2).transpose(0, 1)  # [B, S, H, L + Dr], [B, S, L + Dr]
-        index_q, index_k, index_weights = self.indexer.forward_before_topk(x.detach(), qr.detach(), packed_seq_params)
-        index = [t.transpose(0, 1) for t in (index_q, index_k, index_weights)]
-        indices = index_top_k(
-            *(t.detach() for t in index),
-            self.config.dsa_indexer_topk,
-            cu_seqlens=cu_seqlens,
-            kernel=self.kernels.get("index_top_k"),
-        )
-        out, lse = sparse_latent_attention(
-            q,
-            kv,
-            indices,
-            value_dim=self.value_dim,
-            scale=self.scale,
-            kernel=self.kernels.get("sparse_latent_attention"),
-        )
-        out = out.flatten(2).transpose(0, 1).contiguous()
-        coefficient = self.config.dsa_indexer_loss_coeff or 0.0
-        if coefficient and self.training and torch.is_grad_enabled():
-            loss = coefficient * self._indexer_loss(index, q.detach(), kv.detach(), indices, lse)
-            DSAIndexerLossLoggingHelper.save_loss_to_tracker(
-                loss, self.layer_number, self.config.num_layers, avg_group=self.pg_collection.tp
-            )
-            out = DSAIndexerLossAutoScaler.apply(out, loss)
-        return out
-
-    def _indexer_loss(
-        self, index: list[torch.Tensor], q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, lse: torch.Tensor
-    ) -> torch.Tensor:
-        """KL to the attention of all heads, mean over queries; heads split over ranks are gathered for it."""
-        if self.config.tensor_model_parallel_size > 1:
-            q, lse = _gather_heads(q, self.pg_collection.tp), _gather_heads(lse, self.pg_collection.tp)
-        index_q, index_k, weights = index
-        kernel = self.kernels.get("indexer_kl_loss")
-        kl = indexer_kl_loss(index_q, index_k, weights, q, kv, indices, lse, scale=self.scale, kernel=kernel)
-        return kl.mean()
-
-
-def _gather_heads(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
-    """[B, S, H/tp, …] of every rank -> [B, S, H, …]; no gradient."""
-    x = x.contiguous()
-    parts = [torch.empty_like(x) for _ in range(group.size())]
-    torch.distributed.all_gather(parts, x, group=group)
-    return torch.cat(parts, dim=2)

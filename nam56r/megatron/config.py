@@ -13,16 +13,20 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossAutoScaler
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from nam56r.megatron.stage_tensor import columns
 from nam56r.plan import Plan
 from nam56r.recipe import Recipe
+from nam56r.translate.contract import index_sharing
 
 
 @dataclass
 class Config(MLATransformerConfig):
-    """Megatron's MLA configuration with the recipe, and the plan that chose the kernels."""
+    """Megatron's MLA configuration with the recipe, the plan that chose the kernels, and by how many columns the tensor
+    between pipeline stages is wider (`stage_tensor`)."""
 
     recipe: Recipe | None = None
     plan: Plan | None = None
+    index_columns: int = 0
 
 
 def recipe_of(config: MLATransformerConfig) -> Recipe:
@@ -76,6 +80,8 @@ def model_values(recipe: Recipe) -> dict[str, Any]:
             dsa_indexer_use_sparse_loss=True,
             dsa_indexer_rotate_activation=False,
         )
+    if recipe.shares_indices and (sharing := index_sharing(recipe)):
+        values |= dict(zip(("dsa_indexer_skip_topk_offset", "dsa_indexer_topk_freq"), sharing, strict=True))
     if symbols["E"]:
         values |= dict(
             num_moe_experts=moe.num_experts,
@@ -132,9 +138,13 @@ def transformer_config(
     tensor_parallel: int = 1,
     expert_parallel: int = 1,
     pipeline_parallel: int = 1,
+    layout: str = "",
     **overrides: Any,
 ) -> Config:
-    """The configuration of a recipe on `device`. overrides go to Megatron's config as they are."""
+    """The configuration of a recipe on `device`. overrides go to Megatron's config as they are.
+
+    layout: Megatron's pattern with stage boundaries; without any, stages are even.
+    """
     cpu = device.type == "cpu"
     placement = dict(
         tensor_model_parallel_size=tensor_parallel,
@@ -151,15 +161,23 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         moe_token_dispatcher_type="allgather" if cpu else "alltoall",
     )
-    return Config(recipe=recipe, plan=plan, **(model_values(recipe) | OUR_VALUES | placement | overrides))
+    config = Config(recipe=recipe, plan=plan, **(model_values(recipe) | OUR_VALUES | placement | overrides))
+    config.index_columns = columns(recipe, layout, config.pipeline_model_parallel_size, config.pipeline_dtype)
+    return config
 
 
 def complete(
-    config: TransformerConfig, recipe: Recipe, plan: Plan, *, stock: bool = False, also: Iterable[str] = ()
+    config: TransformerConfig,
+    recipe: Recipe,
+    plan: Plan,
+    *,
+    layout: str = "",
+    stock: bool = False,
+    also: Iterable[str] = (),
 ) -> None:
     """Give a configuration that Megatron made from its flags what no flag can say: the recipe and the plan.
 
-    stock: it is for Megatron's own layers. also: what else was found to disagree.
+    layout: as in `transformer_config`. stock: it is for Megatron's own layers. also: what else was found to disagree.
     Raises ValueError naming that, and every field that has another value than the recipe, or, where the recipe has none
     and the operator may not choose, than Megatron's default: our layers would ignore it, or become another model.
     """
@@ -168,9 +186,13 @@ def complete(
             f"Megatron's arguments disagree with recipe {recipe.name}: {'; '.join(differing)}: "
             "take them from `nam56r translate` or `nam56r launch`"
         )
-    for name, value in () if stock else OUR_VALUES.items():
-        setattr(config, name, value)
     config.recipe, config.plan = recipe, plan
+    if not stock:
+        for name, value in OUR_VALUES.items():
+            setattr(config, name, value)
+        config.index_columns = columns(
+            recipe, layout, config.pipeline_model_parallel_size, config.pipeline_dtype or config.params_dtype
+        )
 
 
 def _disagreements(config: TransformerConfig, recipe: Recipe, stock: bool) -> Iterator[str]:

@@ -28,7 +28,7 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-from nam56r.kernels.dsa.status import flag, nan_scores
+from nam56r.megatron import nan_scores
 from nam56r.megatron.patches import group_overrides
 
 Batch = Mapping[str, torch.Tensor]
@@ -130,15 +130,14 @@ class Engine:
         run = self._cuda_pass if self.device.type == "cuda" else self._cpu_pass
         sums = torch.stack(run(batches, microbatches)).sum(0)
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        torch.distributed.all_reduce(flag(self.device), op=torch.distributed.ReduceOp.MAX)  # all ranks stop, or none
-        lm_loss, nan_score = (sums[0] / sums[1]).item(), nan_scores(self.device)
+        lm_loss, nan_score = (sums[0] / sums[1]).item(), nan_scores.on_any_rank(self.device)
         mtp_losses, aux_losses = _tracked(microbatches)
         losses = {"LM loss": lm_loss, **{f"MTP loss {i}": x for i, x in enumerate(mtp_losses, 1)}, **aux_losses}
         for name, value in losses.items():
             if not math.isfinite(value):
                 raise NonFinite(f"the {name} is {value}")
         if nan_score:
-            raise NonFinite("an index score of sparse attention is NaN")
+            raise NonFinite(nan_scores.MESSAGE)
         _, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(grad_norm):
             raise NonFinite(f"the gradient norm is {float(grad_norm)}")

@@ -28,10 +28,11 @@ def build_model(recipe: Recipe, plan: Plan, *, device: torch.device, dtype: torc
     pattern = translate(recipe).native_pattern
     if parallel_state.get_pipeline_model_parallel_world_size() == 1:
         pattern = pattern.replace("|", "")
-    sizes = dict(
+    sizes: dict[str, Any] = dict(
         tensor_parallel=parallel_state.get_tensor_model_parallel_world_size(),
         expert_parallel=parallel_state.get_expert_model_parallel_world_size(),
         pipeline_parallel=parallel_state.get_pipeline_model_parallel_world_size(),
+        layout=pattern,
     )
     model = Model(
         transformer_config(recipe, plan, device=device, dtype=dtype, **(sizes | config)),

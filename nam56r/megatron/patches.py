@@ -18,11 +18,14 @@ from megatron.core.optimizer import OptimizerConfig, ParamKey, get_standard_conf
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer import multi_token_prediction
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from nam56r.kernels.mamba2.combined import mamba_chunk_scan_combined
 from nam56r.megatron.mamba2 import GatedRMSNorm, training_scan
+from nam56r.megatron.nan_scores import stopping
+from nam56r.megatron.stage_tensor import widened
 
 VERSIONS = ("0.19.",)
 
@@ -80,6 +83,13 @@ def _acceptance_without_logits(logits, labels, loss_mask, output_layer, *rest): 
     return _acceptance(logits, labels, loss_mask, output_layer, *rest)
 
 
+_get_model_config = schedules.get_model_config
+
+
+def _config_with_indices(model):  # type: ignore[no-untyped-def]
+    return widened(_get_model_config(model))
+
+
 _sharded_state_dict, _load_state_dict = DistributedOptimizer.sharded_state_dict, DistributedOptimizer.load_state_dict
 
 
@@ -118,6 +128,14 @@ def group_overrides(config: OptimizerConfig) -> dict[ParamKey, ParamGroupOverrid
         ParamKey(attr="_no_weight_decay"): ParamGroupOverride(wd_mult=0.0),
         ParamKey(predicate=fp32): ParamGroupOverride(start_wd=config.weight_decay, end_wd=config.weight_decay),
     }
+
+
+_LOG = "megatron.training.training.training_log"
+
+
+def _stop_at_nan_scores() -> None:
+    owner, _, name = _LOG.rpartition(".")
+    setattr(resolve_name(owner), name, stopping(resolve_name(_LOG)))
 
 
 def _helpers_are_compiled() -> None:
@@ -181,6 +199,14 @@ PATCHES: tuple[Patch, ...] = (
         "megatron.core.transformer.multi_token_prediction._compute_mtp_acceptance_counts",
         _acceptance_without_logits,
         "MTP's acceptance metric takes an argmax over whole logits, which a fused loss never has: 0 of 0 instead",
+    ),
+    _put(
+        "stage-tensor",
+        "model",
+        "megatron.core.pipeline_parallel.schedules.get_model_config",
+        _config_with_indices,
+        "the schedules send one tensor as wide as the hidden size between stages; where a stage uses another's indices of "
+        "sparse attention, they are further columns of it",
     ),
     _put(
         "mamba2-without-mamba-ssm",
@@ -299,6 +325,15 @@ PATCHES: tuple[Patch, ...] = (
         _optimizer_config_with_our_groups,
         "M and R say which parameters take no weight decay; and the distributed optimizer saves a group that mixes fp32 "
         "with 16-bit parameters wrongly",
+    ),
+    Patch(
+        "pretrain-nan-scores",
+        "pretrain",
+        _LOG,
+        "the sparse layers' kernels note a NaN index score on the device, which nothing reads: where Megatron logs, it is "
+        "read, and ends the run",
+        apply=_stop_at_nan_scores,
+        verify=lambda: hasattr(resolve_name(_LOG), "__wrapped__"),
     ),
     _put(
         "pretrain-cpu-start",

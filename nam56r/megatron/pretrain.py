@@ -116,7 +116,7 @@ def configure(args: argparse.Namespace) -> HybridModelConfig:
     transformer = core_transformer_config_from_args(args)
     stock = args.spec is None and translate(recipe).stack_spec is None
     faults = [*disagreements(args, recipe), *unserved(args)]
-    complete(transformer, recipe, plan_of(args, recipe), stock=stock, also=faults)
+    complete(transformer, recipe, plan_of(args, recipe), layout=args.hybrid_layer_pattern, stock=stock, also=faults)
     return hybrid_config_from_args(args, config=transformer, model_config_cls=ModelConfig)
 
 

@@ -36,7 +36,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from nam56r.megatron.attention import DenseAttention, SparseAttention, SparseCore
+from nam56r.megatron.attention import DenseAttention
 from nam56r.megatron.config import Config, recipe_of
 from nam56r.megatron.linear import ReplicatedLinear
 from nam56r.megatron.m2rnn import M2RNNMixer
@@ -44,6 +44,7 @@ from nam56r.megatron.mamba import Mamba3Mixer
 from nam56r.megatron.mamba2 import Mamba2Mixer
 from nam56r.megatron.moe import Experts, MoE
 from nam56r.megatron.norm import IndexerNorm, RMSNorm
+from nam56r.megatron.sparse_attention import SparseAttention, SparseCore, SparseLayer
 from nam56r.megatron.stack import MTPLayer, Stack, StackSubmodules
 
 _latent_projections: dict[str, Any] = dict(
@@ -59,9 +60,9 @@ _latent_projections: dict[str, Any] = dict(
 _mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
 
-def _attention_layer(attention: ModuleSpec) -> ModuleSpec:
+def _attention_layer(attention: ModuleSpec, layer: type[TransformerLayer] = TransformerLayer) -> ModuleSpec:
     return ModuleSpec(
-        module=TransformerLayer,
+        module=layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm, self_attention=attention, self_attn_bda=get_bias_dropout_add
         ),
@@ -104,7 +105,8 @@ dsa_layer = _attention_layer(
             ),
             **_latent_projections,
         ),
-    )
+    ),
+    SparseLayer,
 )
 
 moe_layer = ModuleSpec(

@@ -260,7 +260,7 @@ def _faults(recipe: Recipe, layers: dict[str, list[int]]) -> Iterator[Issue]:
             "mla",
             f"mla.rope_theta = {theta}, but Megatron's --rotary-base takes whole numbers: set it to {max(round(theta), 1)}",
         )
-    if has_sharing(recipe) and index_sharing(recipe) is None:
+    if recipe.shares_indices and index_sharing(recipe) is None:
         yield fault(
             "dsa",
             f"dsa.share_every = {recipe.dsa.share_every} counts sparse slots, but Megatron's --dsa-indexer-topk-freq counts "
@@ -297,22 +297,14 @@ def has_attention(recipe: Recipe) -> bool:
     return "A" in recipe.layers.layers or recipe.mtp.num_depths > 0
 
 
-def has_sharing(recipe: Recipe) -> bool:
-    """Whether any sparse layer reuses another's indices."""
-    return recipe.indexer_layers != recipe.sparse_layers
-
-
 def index_sharing(recipe: Recipe) -> tuple[int, int] | None:
     """The recipe's index sharing as Megatron's (offset, frequency) over layer numbers, or None where there is none.
 
     Megatron lets layer n compute indices where (n - offset) % frequency is 0, and reuse the last such layer's elsewhere.
     """
-    sparse, computing = recipe.sparse_layers, set(recipe.indexer_layers)
-    offset = sparse[0]
-    # layer -> the one whose indices it takes: itself, or the last that computed any
-    source = {layer: max(number for number in computing if number <= layer) for layer in sparse}
+    offset = recipe.sparse_layers[0]
     for frequency in range(recipe.depth, 0, -1):
-        if all(layer - (layer - offset) % frequency == source[layer] for layer in sparse):
+        if all(layer - (layer - offset) % frequency == source for layer, source in recipe.index_sources.items()):
             return offset, frequency
     return None
 

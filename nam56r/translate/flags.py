@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from nam56r.recipe import Recipe
 from nam56r.records import Frozen
-from nam56r.translate.contract import TranslationPlan, TranslationRefused, has_attention, has_sharing, index_sharing
+from nam56r.translate.contract import TranslationPlan, TranslationRefused, has_attention, index_sharing
 
 DISPATCHERS = ("alltoall", "allgather", "flex")
 Flag = tuple[str | int | float, ...]
@@ -111,7 +111,7 @@ def _attention(recipe: Recipe) -> Iterator[Flag]:
     yield "--dsa-indexer-n-heads", dsa.index_num_heads
     yield "--dsa-indexer-head-dim", dsa.index_head_dim
     yield "--dsa-indexer-topk", dsa.top_k
-    if has_sharing(recipe):
+    if recipe.shares_indices:
         offset, frequency = index_sharing(recipe)
         yield "--dsa-indexer-skip-topk-offset", offset
         yield "--dsa-indexer-topk-freq", frequency

@@ -237,6 +237,7 @@ def probes() -> dict[str, Any]:
     """What each patch is for, tried out: its name -> what happens."""
     from megatron.core.datasets import utils as datasets
     from megatron.core.models.hybrid import hybrid_layer_allocation as hybrid
+    from megatron.core.pipeline_parallel import schedules
     from megatron.core.ssm import mamba_mixer
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer import multi_token_prediction
@@ -255,6 +256,10 @@ def probes() -> dict[str, Any]:
         labels, mask, layer = torch.tensor([[1, 2, 3]]), torch.ones(1, 3), SimpleNamespace(deferred=deferred)
         count = multi_token_prediction._compute_mtp_acceptance_counts
         return [float(number) for number in count(logits, labels, mask, layer, None)]
+
+    def stage_tensor_width(**more: int) -> int:
+        """What the schedules take for the hidden size of a model."""
+        return schedules.get_model_config(SimpleNamespace(config=SimpleNamespace(hidden_size=8, **more))).hidden_size
 
     def scan() -> list[int]:
         """Two steps of a mixer with one head, one channel and one state."""
@@ -320,6 +325,7 @@ def probes() -> dict[str, Any]:
         "r-symbol": attempt(lambda: hybrid.parse_hybrid_pattern("MR").main_pattern),
         "r-name": "R" in hybrid.Symbols.name_sorted_valid_layer_symbols(),
         "mtp-acceptance": [acceptance(deferred=True), acceptance(deferred=False)],
+        "stage-tensor": [stage_tensor_width(), stage_tensor_width(index_columns=4)],
         # the next thing that it misses is its groups
         "mamba2-without-mamba-ssm": attempt(lambda: mamba_mixer.MambaMixer(SimpleNamespace(), None, 8)),
         "mamba2-scan": attempt(scan),

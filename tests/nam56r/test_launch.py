@@ -252,6 +252,32 @@ ONE_FAULT = [
 ]
 
 
+def test_shared_indices_between_stages():
+    """NAM56R's own layout: our layers hand them on, Megatron's don't; and a stage may have none that computes."""
+    recipe = NAM56R.with_overrides(["dsa.share_every=3"])
+    published = contract_of(recipe, PROFILES["h200-x8"], "cuda_graphs=none")
+    said = {check.name: check for check in published.checks}
+    assert said["sparse A on every stage"].value == "sparse A layers with an indexer by pipeline rank: 2, 1"
+    assert said["shared indices"].passed and "256 of 32 bits beside" in said["shared indices"].value
+    assert published.accepted and "5 for 9, 13; 21 for 25, 29; 37 for 41, 45" in "".join(published.notes)
+    assert not [check for check in contract_of(recipe, PROFILES["h200"]).checks if check.name == "shared indices"]
+    for kind in ("transformer_engine", "local"):
+        of_layers = contract_of(recipe, PROFILES["h200"], "entry=pretrain", f"cuda_graphs={kind}")
+        assert "graphs: shared indices" in refused_names(of_layers)
+    whole = contract_of(recipe, PROFILES["h200"], "entry=pretrain", "cuda_graphs=full_iteration")
+    assert "graphs: shared indices" not in refused_names(whole)
+
+    small = ["pattern=AM", "depth=8", "mamba.kind=mamba2", "dsa.ranks=[0, 1, 2, 3]", "dsa.share_every=2"]
+    stages = ["entry=pretrain", "pp=2"]
+    native = contract_of(small_recipe(*small), PROFILES["cpu-x2"], *stages, "layout=AM|AMAMAM")
+    assert "shared indices" in refused_names(native)
+    native = contract_of(small_recipe(*small), PROFILES["cpu-x2"], *stages, "layout=AMAM|AMAM")
+    assert "shared indices" not in refused_names(native)
+    ours = contract_of(small_recipe(*small[:2], *small[3:]), PROFILES["cpu-x2"], *stages, "layout=AMAMAM|AM")
+    assert refused_names(ours) == ["sparse A on every stage"]
+    assert ours.refused[0].value == "sparse A layers with an indexer by pipeline rank: 2, 0"
+
+
 @pytest.mark.parametrize(
     ("profile", "policy", "name", "words"), ONE_FAULT, ids=[f"{f[2]}-{i}" for i, f in enumerate(ONE_FAULT)]
 )

@@ -139,8 +139,6 @@ def compare(recipe, args):
             continue
         if not recipe.mtp.num_depths and name == "mtp_loss_scaling_factor":
             continue
-        if has_sharing(recipe) and name in ("dsa_indexer_topk_freq", "dsa_indexer_skip_topk_offset"):
-            continue
         here, there = plain(getattr(theirs, name)), plain(getattr(ours, name))
         if here != there or type(here) is bool and here is not there:
             differing[name] = (here, there)
@@ -149,10 +147,6 @@ def compare(recipe, args):
     # Megatron scales the initialisation of output projections by √depth in a hybrid model, by √(2·depth) elsewhere
     std = theirs.output_layer_init_method.keywords["std"]
     assert math.isclose(std, recipe.init_std / math.sqrt(recipe.depth), rel_tol=1e-12)
-
-
-def has_sharing(recipe):
-    return recipe.dsa.share_every > 1 and len(recipe.dsa.ranks) > 1
 
 
 def check(recipe, args):
@@ -182,7 +176,7 @@ def test_any_recipe_arrives_whole_or_is_refused(read, recipe):
     try:
         given_args = bundle(recipe)
     except TranslationRefused as refused:
-        shared, theta = has_sharing(recipe), not recipe.mla.rope_theta.is_integer()
+        shared, theta = recipe.shares_indices, not recipe.mla.rope_theta.is_integer()
         mixed = recipe.mamba.kind == "mamba2" and set("ER") & set(recipe.layers.layers) and "M" in recipe.layers.layers
         assert {r.operator for r in refused.refusals} <= {
             *["dsa"] * shared,
@@ -312,7 +306,7 @@ def test_shared_indices_are_megatrons_where_layer_numbers_can_say_them(read):
 @settings(max_examples=60, deadline=None)
 @given(recipe=recipes("A").map(lambda r: r.with_overrides(["mla.rope_theta=7", "dsa.share_every=2"])))
 def test_index_sharing_is_megatrons_or_refused(recipe):
-    assume(has_sharing(recipe))
+    assume(recipe.shares_indices)
     try:
         flags = dict(flag for flag in bundle(recipe).flags if len(flag) == 2)
     except TranslationRefused:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.experimental_attention_variant.absorbed_mla import AbsorbedMLASelfAttention
 from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossLoggingHelper, DSAttention
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -21,12 +22,13 @@ from megatron.core.transformer.spec_utils import build_module
 
 from nam56r.kernels.registry import DEVICES
 from nam56r.megatron import specs
-from nam56r.megatron.attention import DenseAttention, SparseCore
+from nam56r.megatron.attention import DenseAttention
 from nam56r.megatron.config import transformer_config
 from nam56r.megatron.mamba import Mamba3Mixer
 from nam56r.megatron.model import build_model
 from nam56r.megatron.moe import Experts
 from nam56r.megatron.parallel import destroy, initialize
+from nam56r.megatron.sparse_attention import SparseCore
 from nam56r.parameters import FAMILY, parameters
 from nam56r.plan import make_plan
 from tests.nam56r.layers import PlainCore
@@ -193,7 +195,7 @@ def test_sparse_attention_is_megatrons_and_takes_its_weights():
     config = config_of(recipe)
     stock_core = copy.copy(specs.dsa_layer.submodules.self_attention.submodules.core_attention)
     stock_core.module = DSAttention
-    stock = attention(None, specs.dsa_layer, config, core_attention=stock_core)
+    stock = attention(AbsorbedMLASelfAttention, specs.dsa_layer, config, core_attention=stock_core)
     ours = attention(None, specs.dsa_layer, config)
     assert isinstance(ours.core_attention, SparseCore)
     ours.load_state_dict(stock.state_dict())

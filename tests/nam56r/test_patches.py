@@ -96,6 +96,8 @@ BEHAVIOUR = {
     "r-name": (False, True),
     # of a deferred head, whose "logits" are none, and of a whole one: 2 of 3 right
     "mtp-acceptance": ([[2, 3], [2, 3]], [[0, 0], [2, 3]]),
+    # without indices in the tensor between stages, and with four columns of them
+    "stage-tensor": ([8, 8], [8, 12]),
     "mamba2-without-mamba-ssm": ("ImportError", "AssertionError"),
     "mamba2-scan": (None, [2, 1, 1]),
     "mamba2-norm": ([], [1, 1, -1, 1]),
@@ -127,7 +129,8 @@ def test_what_a_patch_is_for(processes, name):
 def test_every_patch_has_a_test_of_what_it_is_for():
     saving = {"checkpoint-results", "checkpoint-notice"}  # below
     resuming = {"checkpoint-moments", "checkpoint-steps", "pretrain-parameter-groups"}  # test_pretrain.py, test_gpu.py
-    assert {patch.name for patch in PATCHES} == {*BEHAVIOUR, *saving, *resuming}
+    watching = {"pretrain-nan-scores"}  # test_nan_scores.py
+    assert {patch.name for patch in PATCHES} == {*BEHAVIOUR, *saving, *resuming, *watching}
 
 
 def test_a_save_is_quiet_and_leaves_no_process(processes):

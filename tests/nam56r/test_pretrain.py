@@ -30,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from parallel_worker import small_recipe  # noqa: E402
 
 STEPS, SAVED = 4, 2
-# Megatron's loggers wait for every pipeline stage: each has an E and a sparse A
-LAYOUT = "AE|AE|MR|MR"
+# Megatron's loggers wait for every pipeline stage: each has an E and a sparse A that computes indices (1 and 7). The
+# second segment only passes on those of 1, which 5 uses.
+LAYOUT = "AE|MR|AE|AEA"
 # no faster kernels yet
 REFERENCES = ("index_top_k", "sparse_latent_attention", "indexer_kl_loss")
 ENVIRONMENT = os.environ | {
@@ -42,9 +43,9 @@ ENVIRONMENT = os.environ | {
 
 
 def recipe() -> Recipe:
-    """Its M has sizes that the CUDA scan takes."""
-    mamba = ("mamba.headdim=32", "mamba.d_state=32")
-    return small_recipe("vocab_size=512", "pattern=AEAEMRMR", "depth=8", "dsa.ranks=[0, 1]", *mamba)
+    """Its M has sizes that the CUDA scan takes, and its sparse layers share indices."""
+    mamba, sparse = ("mamba.headdim=32", "mamba.d_state=32"), ("dsa.ranks=[0, 1, 2, 3]", "dsa.share_every=2")
+    return small_recipe("vocab_size=512", "pattern=AEMRAEAEA", "depth=9", *sparse, *mamba)
 
 
 def contract(data: Path, out: Path, profile: str, *policy: str, steps: int = STEPS, **run: bool) -> LaunchContract:
@@ -150,7 +151,7 @@ def test_on_a_gpu_in_bf16_a_resumed_run_goes_on(data, tmp_path):
     ("words", "code", "message"),
     [
         (
-            ["--hybrid-layer-pattern", "+DEEMRMR/+-", "--distributed-backend", "nccl"],
+            ["--hybrid-layer-pattern", "+EMRDEDED/+-", "--distributed-backend", "nccl"],
             2,
             "takes also --distributed-backend gloo",
         ),
@@ -269,10 +270,18 @@ def faults(args, recipe: Recipe) -> list[str]:
 def test_any_recipe_agrees_with_its_own_flags(parsed, recipe):
     """Without A, E, M or R too, and where Megatron's own layers serve it."""
     translated = translate(recipe)
-    assume(
-        not translated.refusals and (recipe.dsa.share_every == 1 or len(recipe.dsa.ranks) < 2)
-    )  # the plan's to refuse
+    assume(not translated.refusals)  # the plan's to refuse
     assert faults(parsed(megatron_args(recipe, translated).args), recipe) == []
+
+
+def test_the_layout_says_how_wide_the_tensor_between_stages_is(parsed, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for layout, columns in (("DE|MR|DE|DED/+-", 8), ("DEMRDE|DED/+-", 0)):
+        words = [*native(), "--hybrid-layer-pattern", layout, "--pipeline-model-parallel-size", "2"]
+        args = parsed(words)
+        config = core_transformer_config_from_args(args)
+        complete(config, recipe(), None, layout=args.hybrid_layer_pattern)
+        assert config.index_columns == columns
 
 
 def test_the_operators_own_flags_are_taken(parsed):
@@ -292,7 +301,10 @@ def native() -> tuple[str, ...]:
     ("words", "fault"),
     [
         ("--moe-ffn-hidden-size 64", "moe_ffn_hidden_size is 64, but the recipe has 32"),
-        ("--hybrid-layer-pattern +EDEMRMR/+-", "hybrid_layer_pattern is +EDEMRMR/+-, but the recipe has DEDEMRMR/+-"),
+        (
+            "--hybrid-layer-pattern +EMRDEDED/+-",
+            "hybrid_layer_pattern is +EMRDEDED/+-, but the recipe has DEMRDEDED/+-",
+        ),
         ("--padded-vocab-size 640", "padded_vocab_size is 640, but the recipe has 512"),
         ("--position-embedding-type none", "position_embedding_type is none, but the recipe has rope"),
         ("--seq-length 16", "seq_length is 16, but the recipe has 32"),
@@ -334,7 +346,7 @@ def test_a_missing_spec_and_attention_without_mla_are_refused(parsed):
     del words[start : start + 3]
     assert faults(parsed(words), recipe())[0].startswith("spec is None, but the recipe has ['nam56r.megatron.specs'")
     words.remove("--multi-latent-attention")
-    found = faults(parsed([*words, "--hybrid-layer-pattern", "MEMEMMMM"]), recipe())
+    found = faults(parsed([*words, "--hybrid-layer-pattern", "MEMEMMMMM"]), recipe())
     assert "multi_latent_attention is False, but the recipe has attention" in found
 
 

@@ -63,6 +63,9 @@ def test_parameters_follow_the_recipe():
     assert layer(stock, 3)["conv1d_weight"] == (512 + 2 * 2 * 32, 4)
     shared = NAM56R.with_overrides(["dsa.share_every=3"])
     assert shared.indexer_layers == (5, 21, 37)
+    assert shared.index_sources == {5: 5, 9: 5, 13: 5, 21: 21, 25: 21, 29: 21, 37: 37, 41: 37, 45: 37}
+    assert shared.shares_indices and not NAM56R.shares_indices
+    assert NAM56R.index_sources == {layer: layer for layer in NAM56R.sparse_layers}
     assert "linear_wk" not in layer(shared, 9)
     assert parameters(TINY.with_overrides(["mtp.num_depths=0"]))["mtp"] == (0, 0)
     without = Recipe(name="x", pattern="A", depth=2)
