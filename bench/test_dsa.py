@@ -3,7 +3,8 @@
 The whole is index, select and attend; backward too, the indexer's KL loss is in it. Its peers are dense attention by
 cuDNN, which needs no indexer, on keys and values written out for every head beforehand and, named -mqa, on one head that
 all share; and Megatron without fused kernels, whose scores are stored, as far as memory goes. "triton_atomic", which has
-a record of its own, adds up dkv and dk by atomics. Inputs are random: what queries choose is spread over all keys.
+a record of its own, adds up dkv and dk by atomics; so has the indexer's "cuda_fp8", which isn't part of the whole. Inputs
+are random: what queries choose is spread over all keys.
 """
 
 from __future__ import annotations
@@ -80,16 +81,16 @@ def ids(case: Case) -> str:
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_index(measure, case):
     x = [t.detach() for t in list(case.inputs().values())[:3]]
-    peers = (MEGATRON,) if case.S <= LONGEST else ()
     flops = case.flops(index=True, attention=False, loss=False)
-    measure(
-        "index_top_k",
-        case.name,
-        "cuda",
-        lambda name: index_top_k(*x, case.top_k, kernel=name),
-        flops=flops,
-        peers=peers,
-    )
+    for kernel, peers in (("cuda", (MEGATRON,) if case.S <= LONGEST else ()), ("cuda_fp8", ())):
+        measure(
+            "index_top_k",
+            case.name,
+            kernel,
+            lambda name: index_top_k(*x, case.top_k, kernel=name),
+            flops=flops,
+            peers=peers,
+        )
 
 
 def chosen_by(case: Case, x: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -6,9 +6,11 @@
 // of one run, the tensor cores are the others'. More warps pass over what can't be among the top_k and append the rest to the
 // queries' lists (filter.cuh); another kernel selects from these (select.cuh).
 // Shared memory: the queries of all heads, 128 KiB, and their weights; a tile of keys a group; two tiles of scores.
-// Registers: the product [64, 128], the sums [64, QUERIES] in fp32, the keys [64, D] as an operand.
+// Registers: the product [64, 128], the sums [64, QUERIES] in fp32, the keys [64, D] as an operand. 8 bits: PACK heads lie in a row of D
+// columns, and a product takes its part of it.
 // Memory: a list of `capacity` candidates for each query of a launch, which takes some of the pieces: docs/notes/dsa.md.
-// Bound: the warps that filter, by latency; without them tensor cores, with relu and weights beside them: docs/notes/dsa.md.
+// Bound: relu and weights, whose loads share the way to shared memory with the products' own, and the warps that filter, by latency;
+// in long runs the device's power: docs/notes/dsa.md.
 #pragma once
 
 #include "dsa/filter.cuh"
