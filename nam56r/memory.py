@@ -141,11 +141,12 @@ def stages(
     if pipeline == 1:
         segments = [[layer for segment in segments for layer in segment]]
     model = _Model(recipe, plan, expert_parallel, context_parallel, optimizer_shards, recompute)
+    carried = recipe.carries_indices(segments)
     ranks = []
     for rank in range(pipeline):
         last = rank == pipeline - 1
         chunks = [
-            model.chunk(layers, first=i == 0, last=i == len(segments) - 1)
+            model.chunk(layers, first=i == 0, last=i == len(segments) - 1, carried=carried)
             for i, layers in enumerate(segments)
             if i % pipeline == rank
         ]
@@ -272,11 +273,17 @@ class _Model:
         return getattr(torch, self.plan.dtype).itemsize
 
     @property
+    def indices(self) -> int:
+        """Bytes of a token's indices. A layer and all that use its indices keep the same ones."""
+        return 4 * self.recipe.dsa.top_k
+
+    @property
     def tokens(self) -> float:
         """Of one microbatch on one device."""
         return self.plan.micro_batch * self.recipe.seq_length / self.context_parallel
 
-    def chunk(self, layers: Sequence[int], *, first: bool, last: bool) -> _Chunk:
+    def chunk(self, layers: Sequence[int], *, first: bool, last: bool, carried: bool) -> _Chunk:
+        """carried: indices of sparse attention travel between all segments, as columns of what a segment receives."""
         recipe, vocabulary = self.recipe, self.recipe.vocab_size * self.recipe.hidden_size
         count: dict[str, int] = defaultdict(int)
         routed = 0
@@ -302,6 +309,10 @@ class _Model:
                 working = max(working, (family, int(self.tokens * (size - inputs))), key=lambda pair: pair[1])
             else:
                 kept[family] += int(self.tokens * size)
+        if carried and not first:
+            # as received, and where this segment or a later one uses them, once more apart
+            taken = any(source < min(layers, default=0) <= user for user, source in recipe.index_sources.items())
+            kept[FAMILY["dsa"]] += int(self.tokens * self.indices * (1 + taken))
         owned = {family: (number, number // self.optimizer_shards) for family, number in count.items()}
         if routed:
             number, own = owned["moe"]
@@ -345,9 +356,11 @@ class _Model:
     def _activations(self, layers: Sequence[int], *, mtp: bool) -> Iterator[tuple[str, float, float]]:
         """(family, bytes a token of its inputs, bytes a token of all that it keeps) of each layer and MTP depth."""
         row = self.recipe.hidden_size * self.element
+        used = {source for layer, source in self.recipe.index_sources.items() if layer != source}
         for number in layers:
             slot = self.plan.slots[number - 1]
-            yield FAMILY[slot.role], row, _slot(self.recipe, self.plan, slot, self.element)
+            inputs = row + self.indices * (number in used)  # those of the layers that use its indices
+            yield FAMILY[slot.role], inputs, _slot(self.recipe, self.plan, slot, self.element)
         for part in self.plan.mtp if mtp else ():
             yield "mtp", 2 * row, _mtp(self.recipe, self.plan, part, self.element)
 

@@ -165,18 +165,18 @@ def weigh(
 
 
 @triton.jit
-def place(rows, sequence, s, k, key, first, count, S, K, WIDTH: tl.constexpr, ATOMIC: tl.constexpr):
-    """Where a query's rows for a block of keys go: pairs' own rows [B, count, K] or, with ATOMIC, the keys' [B, S]."""
+def place(rows, position, sequence, s, k, key, there, S, K, WIDTH: tl.constexpr, ATOMIC: tl.constexpr):
+    """Where a query's rows for a block of keys go: to their positions (by_key.py) or, with ATOMIC, the keys' [B, S]."""
     if ATOMIC:
         row = sequence * S + key
     else:
-        row = (sequence * count + s - first) * K + k
+        row = tl.load(position + (sequence * S + s) * K + k, mask=there, other=0).to(tl.int64)
     return rows + row * WIDTH
 
 
 @triton.jit(do_not_specialize=("first", "count", "S", "K"))
 def backward_kernel(
-    q, kv, indices, dout, out, rest, exponent, delta, dq, rows,
+    q, kv, indices, dout, out, rest, exponent, delta, dq, rows, position,
     q_at, kv_at, indices_at, dout_at,  # strides
     first, count, S, K, scale, factor,  # factor: scale · log₂ e
     H: tl.constexpr, L: tl.constexpr, DR: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_DR: tl.constexpr,
@@ -212,7 +212,7 @@ def backward_kernel(
         if DR:
             d_rope = tl.dot(tl.trans(rope), of_score, d_rope, input_precision="ieee")
         if rows is not None:
-            target = place(rows, sequence, s, k, key, first, count, S, K, L + DR, ATOMIC)
+            target = place(rows, position, sequence, s, k, key, there, S, K, L + DR, ATOMIC)
             of_nope = tl.dot(of_score, q_nope, input_precision="ieee")
             of_nope = tl.dot(weight, given, of_nope, input_precision="ieee")
             store(target, d, of_nope, there, L, ATOMIC)
@@ -226,7 +226,7 @@ def backward_kernel(
 
 @triton.jit(do_not_specialize=("first", "count", "S", "K"))
 def rows_kernel(
-    q, kv, indices, dout, exponent, delta, rows,
+    q, kv, indices, dout, exponent, delta, rows, position,
     q_at, kv_at, indices_at, dout_at,  # strides
     first, count, S, K, scale, factor,  # factor: scale · log₂ e
     H: tl.constexpr, L: tl.constexpr, DR: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_DR: tl.constexpr,
@@ -267,7 +267,7 @@ def rows_kernel(
         of_nope = tl.dot(weight, given, of_nope, input_precision="ieee")
         if DR:
             of_rope = tl.dot(of_score, q_rope, of_rope, input_precision="ieee")
-    target = place(rows, sequence, s, k, key, first, count, S, K, L + DR, ATOMIC)
+    target = place(rows, position, sequence, s, k, key, there, S, K, L + DR, ATOMIC)
     store(target, d, of_nope, there, L, ATOMIC)
     if DR:
         store(target + L, dr, of_rope, there & (half == 0), DR, ATOMIC)

@@ -32,6 +32,37 @@ def relu(x):
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
+@triton.jit
+def attending(q, q_at, lse, lse_at, i, d, H: tl.constexpr, HEADS: tl.constexpr, MAIN: tl.constexpr,
+              REST: tl.constexpr, BLOCK_REST: tl.constexpr):  # fmt: skip
+    """A query's i-th block of heads: q's features, and lse."""
+    head, inside = heads_of(i, H, HEADS)
+    main, rest = split(q + head * q_at[2], d, q_at[3], inside, MAIN, REST, BLOCK_REST)
+    return main, rest, tl.load(lse + head * lse_at[2], mask=inside, other=float("inf")).to(tl.float32)
+
+
+@triton.jit
+def indexing(index_q, index_q_at, weights, weights_at, i, di, HI: tl.constexpr, HEADS: tl.constexpr, DI: tl.constexpr):
+    """A query's i-th block of index heads: index_q, and weights."""
+    head, inside = heads_of(i, HI, HEADS)
+    weight = tl.load(weights + head * weights_at[2], mask=inside, other=0.0).to(tl.float32)
+    return load(index_q + head * index_q_at[2], di, index_q_at[3], inside, DI), weight
+
+
+@triton.jit
+def attention(k_main, k_rest, q_main, q_rest, lse, scale, REST: tl.constexpr):
+    """Σ_heads exp(scale q kᵀ − lse) of a block of keys."""
+    logit = product(k_main, k_rest, q_main, q_rest, REST) * scale
+    return tl.sum(tl.exp(logit - lse[None, :]), 1)
+
+
+@triton.jit
+def index(keys, query, weight):
+    """Σ_h w_h relu(x_h) of a block of keys."""
+    x = tl.dot(keys, tl.trans(query), input_precision="ieee")
+    return tl.sum(relu(x) * weight[None, :], 1)
+
+
 @triton.jit(do_not_specialize=("S", "K"))
 def scores_kernel(
     index_q, index_k, weights, q, kv, lse, indices, target, score,
@@ -52,25 +83,28 @@ def scores_kernel(
     kv += sequence * kv_at[0]
     indices += sequence * indices_at[0] + s * indices_at[1]
     row = (sequence * S + s) * K
+    # heads of one block are loaded once, for the compiler does it again with every block of keys
+    main, rest, of_heads = attending(q, q_at, lse, lse_at, 0, d, H, HEADS, MAIN, REST, BLOCK_REST)
+    query, weight = indexing(index_q, index_q_at, weights, weights_at, 0, di, HI, INDEX_HEADS, DI)
     for start in range(0, K, KEYS):
         k, key, there = select(indices, start, K, indices_at[2], KEYS)
         k_main, k_rest = split(kv + key * kv_at[1], d, kv_at[2], there, MAIN, REST, BLOCK_REST)
         total = tl.zeros([KEYS], tl.float32)
-        for i in range(0, tl.cdiv(H, HEADS)):
-            head, inside = heads_of(i, H, HEADS)
-            q_main, q_rest = split(q + head * q_at[2], d, q_at[3], inside, MAIN, REST, BLOCK_REST)
-            of_head = tl.load(lse + head * lse_at[2], mask=inside, other=float("inf")).to(tl.float32)
-            logit = product(k_main, k_rest, q_main, q_rest, REST) * scale
-            total += tl.sum(tl.exp(logit - of_head[None, :]), 1)
+        if H <= HEADS:
+            total += attention(k_main, k_rest, main, rest, of_heads, scale, REST)
+        else:
+            for i in range(0, tl.cdiv(H, HEADS)):
+                q_main, q_rest, of_some = attending(q, q_at, lse, lse_at, i, d, H, HEADS, MAIN, REST, BLOCK_REST)
+                total += attention(k_main, k_rest, q_main, q_rest, of_some, scale, REST)
         tl.store(target + row + k, total, mask=k < K)
         key_index = load(index_k + key * index_k_at[1], di, index_k_at[2], there, DI)
         total = tl.zeros([KEYS], tl.float32)
-        for i in range(0, tl.cdiv(HI, INDEX_HEADS)):
-            head, inside = heads_of(i, HI, INDEX_HEADS)
-            query_index = load(index_q + head * index_q_at[2], di, index_q_at[3], inside, DI)
-            weight = tl.load(weights + head * weights_at[2], mask=inside, other=0.0).to(tl.float32)
-            x = tl.dot(key_index, tl.trans(query_index), input_precision="ieee")
-            total += tl.sum(relu(x) * weight[None, :], 1)
+        if HI <= INDEX_HEADS:
+            total += index(key_index, query, weight)
+        else:
+            for i in range(0, tl.cdiv(HI, INDEX_HEADS)):
+                some, of_some = indexing(index_q, index_q_at, weights, weights_at, i, di, HI, INDEX_HEADS, DI)
+                total += index(key_index, some, of_some)
         tl.store(score + row + k, total, mask=k < K)
 
 
@@ -129,13 +163,14 @@ def loss_kernel(
 
 @triton.jit(do_not_specialize=("first", "count", "S", "K"))
 def gradient_kernel(
-    d_loss, d_score, index_q, index_k, weights, indices, dq, rows, dw,
+    d_loss, d_score, index_q, index_k, weights, indices, dq, rows, position, dw,
     d_loss_at, index_q_at, index_k_at, weights_at, indices_at,  # strides
     first, count, S, K,
     HI: tl.constexpr, DI: tl.constexpr, BLOCK_DI: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
-    ATOMIC: tl.constexpr,
+    ATOMIC: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """Of the queries from first to first + count: dq, dw, and the rows of their keys. HEADS are all heads."""
+    """Of the queries from first to first + count: dq, dw, and the rows of their keys. HEADS are all heads; TURNED sums
+    dq features first, where heads don't fill the 64 rows of a product."""
     sequence, s = locate(tl.program_id(0), first, count)
     head, inside = heads_of(0, HI, HEADS)
     di = tl.arange(0, BLOCK_DI)
@@ -147,7 +182,7 @@ def gradient_kernel(
     index_k += sequence * index_k_at[0]
     indices += sequence * indices_at[0] + s * indices_at[1]
     d_score += (sequence * S + s) * K
-    accumulator = tl.zeros([HEADS, BLOCK_DI], tl.float32)
+    accumulator = tl.zeros([BLOCK_DI if TURNED else HEADS, HEADS if TURNED else BLOCK_DI], tl.float32)
     for start in range(0, K, KEYS):
         k, key, there = select(indices, start, K, indices_at[2], KEYS)
         of_key = load(index_k + key * index_k_at[1], di, index_k_at[2], there, DI)
@@ -155,10 +190,15 @@ def gradient_kernel(
         active = tl.dot(of_key, tl.trans(query), input_precision="ieee") > 0
         of_active = tl.where(active, weight[None, :], 0.0).to(query.dtype)
         row = tl.dot(of_active, query, input_precision="ieee") * (slope * given)[:, None]
-        target = place(rows, sequence, s, k, key, first, count, S, K, DI, ATOMIC)
+        target = place(rows, position, sequence, s, k, key, there, S, K, DI, ATOMIC)
         store(target, di, row, there, DI, ATOMIC)
         of_active = tl.where(active, slope[:, None], 0.0).to(query.dtype)
-        accumulator = tl.dot(tl.trans(of_active), of_key, accumulator, input_precision="ieee")
+        if TURNED:
+            accumulator = tl.dot(tl.trans(of_key), of_active, accumulator, input_precision="ieee")
+        else:
+            accumulator = tl.dot(tl.trans(of_active), of_key, accumulator, input_precision="ieee")
+    if TURNED:
+        accumulator = tl.trans(accumulator)
     at = (sequence * S + s) * HI + head
     store(dq + at * DI, di, accumulator * (weight * given)[:, None], inside, DI, False)
     tl.store(dw + at, given * tl.sum(accumulator * query.to(tl.float32), 1), mask=inside)

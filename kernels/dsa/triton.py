@@ -3,13 +3,13 @@
 attention_kernels.py says how; no key is gathered or expanded in memory. fp32 is true fp32, without tensor cores, for
 checks rather than speed.
 
-Every (query, key) pair has a row of kv's gradient. `triton` writes the rows of a chunk of queries to a buffer of at
-most by_key.MOST_BYTES and adds them up by key in one order; `triton_atomic` adds them in fp32 where they belong, in any
-order, so that bits differ from run to run, and needs no buffer.
+Every (query, key) pair has a row of kv's gradient. `triton` writes the rows of a chunk of queries to a buffer, in the
+order of their keys, and adds them up (by_key.py); `triton_atomic` adds them in fp32 where they belong, in any order, so
+that bits differ from run to run, and needs no buffer.
 
 Memory beside inputs, outputs and gradients: 4 bytes a head and query for exponent, and in 16 bits as much as out for
-what its rounding lost; in the backward kv in fp32, the buffer, about 40 bytes a pair of a chunk to sort them, and as
-much as exponent for delta where the heads aren't one block. In both a copy of what `aligned` has to copy.
+what its rounding lost; in the backward kv in fp32, by_key.buffer_bytes, and as much as exponent for delta where the
+heads aren't one block. In both a copy of what `aligned` has to copy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from nam56r.kernels import triton_runtime
 from nam56r.kernels.checks import needs_gradient
 from nam56r.kernels.dsa.attention_kernels import backward_kernel, forward_kernel, rows_kernel
-from nam56r.kernels.dsa.by_key import add_rows, chunks, order
+from nam56r.kernels.dsa.by_key import Order
 from nam56r.kernels.registry import Device, Problem
 from nam56r.kernels.triton_runtime import LARGE, SMALL, block, register_operator
 
@@ -42,7 +42,7 @@ TILES = {
     (WIDEST, True): ((64, 32, 8, 2), (64, 32, 4, 2), (64, 16, 4, 2)),
     (WIDEST, False): ((32, 16, 8, 1),) * 3,
 }
-FEW_TILES = ((64, 32, 4, 3),) * 3  # of NARROW, large
+FEW_TILES = ((64, 32, 4, 2), (64, 32, 4, 3), (64, 32, 4, 3))  # of NARROW, large
 EXACT = ((16, 16, 8, 1),) * 3  # fp32: multiply and add, without tensor cores
 ACCUMULATORS = 128  # of dq and of a block's rows, a thread: up to so many one kernel makes both
 
@@ -166,32 +166,32 @@ def _backward(dout, q, kv, indices, out, exponent, rest, value_dim, scale, atomi
     strides = q.stride(), kv.stride(), indices.stride(), dout.stride()
     factors = scale, scale * math.log2(math.e)
 
-    def to_queries(first, count, rows):
+    def to_queries(first, count, rows, position):
         backward_kernel[(B * count * launches.blocks[1],)](
-            q, kv, indices, dout, out, _kept(rest), exponent, delta, dq, rows, *strides, first, count, S, K, *factors,
-            ATOMIC=atomic, **backward,
+            q, kv, indices, dout, out, _kept(rest), exponent, delta, dq, rows, position, *strides, first, count, S, K,
+            *factors, ATOMIC=atomic, **backward,
         )  # fmt: skip
 
-    def to_keys(first, count, rows):
+    def to_keys(first, count, rows, position):
         if launches.one:
-            to_queries(first, count, rows)
+            to_queries(first, count, rows, position)
             return
         rows_kernel[(B * count * triton.cdiv(K, each_row["KEYS"]) * each_row["HALVES"],)](
-            q, kv, indices, dout, exponent, delta, rows, *strides, first, count, S, K, *factors, ATOMIC=atomic,
-            **each_row,
+            q, kv, indices, dout, exponent, delta, rows, position, *strides, first, count, S, K, *factors,
+            ATOMIC=atomic, **each_row,
         )  # fmt: skip
 
     with torch.cuda.device_of(q):
         if not launches.one:
-            to_queries(0, S, None)
+            to_queries(0, S, None, None)
         if atomic:
-            to_keys(0, S, total)
+            to_keys(0, S, total, None)
         else:
-            for chunk in chunks(B, S, K, width * q.element_size()):
-                some = indices[:, chunk]
-                rows = q.new_empty((some.numel(), width))
-                to_keys(chunk.start, some.shape[1], rows)
-                add_rows(total, rows, *order(some, S))
+            order = Order(indices, width * q.element_size())
+            rows = q.new_empty((order.pairs, width))
+            for i, chunk in enumerate(order.chunks):
+                to_keys(chunk.start, chunk.stop - chunk.start, rows, order.position)
+                order.add_rows(total, rows, i)
     return dq, dkv.copy_(total)
 
 

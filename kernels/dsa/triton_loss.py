@@ -3,14 +3,17 @@
 loss_kernels.py says how the sparse stage goes, warmup_kernels.py how the dense one does. fp32 is true fp32, without
 tensor cores, for checks rather than speed. `triton` adds up index_k's gradient by key in one order; `triton_atomic`
 adds each pair's row in fp32 where it belongs, in any order, so that bits differ from run to run: sparse stage only, for
-the dense one needs no atomics. Where lse isn't given, the family's attention makes it, with an output nobody reads.
+the dense one needs no atomics. Where lse isn't given, sparse attention makes it, with an output nobody reads, or
+lse_kernel in the dense stage.
 
 Memory beside inputs and gradients. Sparse: 4 bytes a (query, key) pair from forward to backward, 8 in the forward; in
-the backward index_k in fp32, what by_key.py sorts, and its buffer. Dense: a buffer of at most by_key.MOST_BYTES (of a
+the backward index_k in fp32, and by_key.buffer_bytes. Dense: a buffer of at most by_key.MOST_BYTES (of a
 query at least), and in the backward index_k in fp32, several times where it is short.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -19,11 +22,9 @@ from torch.autograd.function import once_differentiable
 from nam56r.kernels import triton_runtime
 from nam56r.kernels.checks import needs_gradient
 from nam56r.kernels.dsa import triton as attention
-from nam56r.kernels.dsa.by_key import add_rows, chunks, order
+from nam56r.kernels.dsa.by_key import Order, chunks
 from nam56r.kernels.dsa.loss_kernels import gradient_kernel, loss_kernel, scores_kernel
-from nam56r.kernels.dsa.warmup_kernels import keys_kernel, queries_kernel, tiles_kernel
-from nam56r.kernels.mla import latent_attention
-from nam56r.kernels.mla import triton as latent
+from nam56r.kernels.dsa.warmup_kernels import keys_kernel, lse_kernel, queries_kernel, tiles_kernel
 from nam56r.kernels.registry import Device, Problem
 from nam56r.kernels.triton_runtime import LARGE, block, register_operator
 
@@ -54,13 +55,9 @@ def refuses(problem: Problem) -> tuple[str, ...]:
             reasons.append(f"{name} = {size}, but the Triton kernel takes multiples of 16 up to {most}")
     if B * S >= 2**31:
         reasons.append(f"B · S = {B * S}, but the Triton kernel counts up to 2^31 - 1")
-    if problem["lse"] is None:
-        options = {name: problem[name] for name in ("q", "kv")} | {"value_dim": _value_dim(width)}
-        if problem["indices"] is None:
-            reasons += latent.latent_refuses(Problem.of("latent_attention", problem.device, **options))
-        else:
-            options["indices"] = problem["indices"]
-            reasons += attention.refuses(Problem.of("sparse_latent_attention", problem.device, **options))
+    if problem["lse"] is None and problem["indices"] is not None:
+        options = {name: problem[name] for name in ("q", "kv", "indices")} | {"value_dim": _value_dim(width)}
+        reasons += attention.refuses(Problem.of("sparse_latent_attention", problem.device, **options))
     return tuple(dict.fromkeys(reasons))
 
 
@@ -69,12 +66,35 @@ def _value_dim(width: int) -> int:
     return width if width <= 128 else width - 64
 
 
+def _tiles(q, exact):
+    """A row of TILES or SCORES, and how q's features are split."""
+    width = q.shape[3]
+    main = 1 << (width.bit_length() - 1)
+    large = Device.of(q.device).capability == LARGE
+    tiles = "narrow" if width <= NARROW[large] else "wide" if large else "small"
+    sizes = dict(H=q.shape[2], MAIN=main, REST=width - main, BLOCK_REST=block(width - main))
+    return "exact" if exact or q.dtype == torch.float32 else tiles, sizes
+
+
+def _all_lse(q, kv, scale):
+    """lse of all keys up to a query."""
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if lse.numel():
+        (B, S, H, _), q, kv = q.shape, attention.aligned(q), attention.aligned(kv)
+        tiles, sizes = _tiles(q, False)
+        rows, columns, warps, stages = TILES[tiles]
+        with torch.cuda.device_of(q):
+            lse_kernel[(triton.cdiv(S, rows) * H * B,)](
+                q, kv, lse, q.stride(), kv.stride(), S, scale * math.log2(math.e), ROWS=rows, COLUMNS=columns,
+                num_warps=warps, num_stages=stages, **sizes,
+            )  # fmt: skip
+    return lse
+
+
 def _lse(q, kv, indices, scale):
-    options = dict(value_dim=_value_dim(q.shape[3]), scale=scale)
-    if indices is not None:
-        return attention.sparse_latent_attention(q, kv, indices, **options)[1]
-    kernel = None if q.is_cuda else "triton"
-    return latent_attention(q, kv, **options, return_lse=True, kernel=kernel)[1]
+    if indices is None:
+        return torch.ops.nam56r.dsa_lse_triton(q, kv, scale)
+    return attention.sparse_latent_attention(q, kv, indices, value_dim=_value_dim(q.shape[3]), scale=scale)[1]
 
 
 def _aligned(keys: int) -> int:
@@ -94,14 +114,10 @@ class _Call:
 
     def scores(self, q, kv, lse):
         """How scores_kernel and tiles_kernel are called: a row of TILES or SCORES, tensors, strides, sizes."""
-        q, kv, width = attention.aligned(q), attention.aligned(kv), q.shape[3]
-        main = 1 << (width.bit_length() - 1)
-        large = Device.of(q.device).capability == LARGE
-        tiles = "narrow" if width <= NARROW[large] else "wide" if large else "small"
-        tiles = "exact" if self.exact or q.dtype == torch.float32 else tiles
-        sizes = dict(H=q.shape[2], MAIN=main, REST=width - main, BLOCK_REST=block(width - main), **self.sizes)
+        q, kv = attention.aligned(q), attention.aligned(kv)
+        tiles, sizes = _tiles(q, self.exact)
         strides = *self.strides, *(t.stride() for t in (q, kv, lse))
-        return tiles, (*self.index, q, kv, lse), strides, sizes
+        return tiles, (*self.index, q, kv, lse), strides, sizes | self.sizes
 
     def gradient(self, rows):
         """Keys of a block, and what a kernel with accumulators for so many rows is compiled with."""
@@ -125,8 +141,8 @@ def _sparse(call, q, kv, lse, scale, loss, d_scores):
     """The loss and, in d_scores where it has a size, dI."""
     tiles, tensors, strides, sizes = call.scores(q, kv, lse)
     keys, heads, warps, stages = SCORES[tiles]
-    if tiles == "wide" and q.shape[2] <= heads:
-        stages = 1  # without a loop over heads, blocks of keys would be what is kept several times: too large
+    if tiles in ("narrow", "wide") and q.shape[2] <= heads:
+        stages = 1  # without a loop over heads, blocks of keys would be kept several times: fewer programs at a time
     target = torch.empty(call.indices.shape, dtype=torch.float32, device=q.device)
     score = d_scores if d_scores.numel() else torch.empty_like(target)
     scores_kernel[(call.B * call.S,)](
@@ -185,22 +201,22 @@ def _sparse_backward(call, d_scores, dq, dw, atomic):
     keys, options = call.gradient(heads)
     total = torch.zeros_like(call.index[1], dtype=torch.float32, memory_format=torch.contiguous_format)
 
-    def launch(chunk, rows):
+    def launch(chunk, rows, position):
         count = chunk.stop - chunk.start
         gradient_kernel[(call.B * count,)](
-            call.d_loss, d_scores, *call.index, call.indices, dq, rows, dw, call.d_loss.stride(), *call.strides,
-            call.indices.stride(), chunk.start, count, call.S, K, HEADS=heads, KEYS=keys, ATOMIC=atomic, **options,
+            call.d_loss, d_scores, *call.index, call.indices, dq, rows, position, dw, call.d_loss.stride(),
+            *call.strides, call.indices.stride(), chunk.start, count, call.S, K, HEADS=heads, KEYS=keys, ATOMIC=atomic,
+            TURNED=heads < 64 and not call.exact, **options,
         )  # fmt: skip
 
     if atomic:
-        launch(slice(0, call.S), total)
+        launch(slice(0, call.S), total, None)
         return total
-    first, *others = chunks(call.B, call.S, K, call.dim * dq.element_size())
-    buffer = dq.new_empty((call.B * first.stop * K, call.dim))
-    for chunk in first, *others:  # the first is the longest
-        rows = buffer[: call.B * (chunk.stop - chunk.start) * K]
-        launch(chunk, rows)
-        add_rows(total, rows, *order(call.indices[:, chunk], call.S))
+    order = Order(call.indices, call.dim * dq.element_size())
+    rows = dq.new_empty((order.pairs, call.dim))
+    for i, chunk in enumerate(order.chunks):
+        launch(chunk, rows, order.position)
+        order.add_rows(total, rows, i)
     return total
 
 
@@ -265,6 +281,11 @@ def _autograd(*inputs):
     return _Loss.apply(*inputs) if needs_gradient(*inputs) else _below_autograd(*inputs)
 
 
+register_operator(
+    "dsa_lse_triton(Tensor q, Tensor kv, float scale) -> Tensor",
+    _all_lse,
+    lambda q, kv, scale: q.new_empty(q.shape[:3], dtype=torch.float32),
+)
 register_operator(
     "dsa_loss_triton(Tensor index_q, Tensor index_k, Tensor index_weights, Tensor q, Tensor kv, Tensor? indices, "
     "Tensor lse, float scale, bool atomic, bool save) -> (Tensor loss, Tensor d_scores)",

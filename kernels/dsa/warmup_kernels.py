@@ -6,7 +6,8 @@ Scores of all queries would be S × S. So forward and backward go by chunks of q
     dq, dw      by queries_kernel: a tile of queries and one head, over its keys
     dk          by keys_kernel: a block of keys, over the chunk's queries and every parts-th head
 where width is the number of the chunk's keys, up to its last query, rounded up. Nothing but the inputs is kept for the
-backward, which makes the chunk's target and I again. Every sum has one order, that of dk over the chunks too.
+backward, which makes the chunk's target and I again. Every sum has one order, that of dk over the chunks too. An lse
+that isn't given is made by lse_kernel, of all queries: a tile of them and one head, over its keys.
 
 Tiles above the diagonal are left out, and what lies above it in the others is not read.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nam56r.kernels.dsa.attention_kernels import load, product, split, store
+from nam56r.kernels.dsa.attention_kernels import LN_2, load, product, split, store
 from nam56r.kernels.dsa.loss_kernels import relu
 
 
@@ -33,6 +34,36 @@ def slopes(d_score, t, s, first, end, width):
     """dI of queries t and keys s of a sequence's chunk: 0 above the diagonal and behind the end."""
     at = (t - first).to(tl.int64)[:, None] * width + s[None, :]
     return tl.load(d_score + at, mask=(s[None, :] <= t[:, None]) & (t < end)[:, None], other=0.0)
+
+
+@triton.jit(do_not_specialize=("S",))
+def lse_kernel(
+    q, kv, lse,
+    q_at, kv_at,  # strides
+    S, factor,  # factor: scale · log₂ e
+    H: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_REST: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """lse [B, S, H], from the products that tiles_kernel makes: what rounding does to both of them cancels."""
+    tiles = tl.cdiv(S, ROWS)
+    head = (tl.program_id(0) % H).to(tl.int64)
+    tile = tiles - 1 - tl.program_id(0) // H % tiles  # the longest first
+    sequence = (tl.program_id(0) // H // tiles).to(tl.int64)
+    d, t = tl.arange(0, MAIN), tile * ROWS + tl.arange(0, ROWS)
+    row, inside = t.to(tl.int64), t < S
+    of_rows = q + sequence * q_at[0] + row * q_at[1] + head * q_at[2]
+    q_main, q_rest = split(of_rows, d, q_at[3], inside, MAIN, REST, BLOCK_REST)
+    maximum, total = tl.full([ROWS], -float("inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    for start in range(0, tl.minimum((tile + 1) * ROWS, S), COLUMNS):
+        s = start + tl.arange(0, COLUMNS)
+        of_keys = kv + sequence * kv_at[0] + s.to(tl.int64) * kv_at[1]
+        k_main, k_rest = split(of_keys, d, kv_at[2], s < S, MAIN, REST, BLOCK_REST)
+        score = product(q_main, q_rest, k_main, k_rest, REST) * factor
+        score = tl.where(s[None, :] <= t[:, None], score, -float("inf"))
+        raised = tl.maximum(maximum, tl.max(score, 1))  # every query sees key 0
+        total = total * tl.exp2(maximum - raised) + tl.sum(tl.exp2(score - raised[:, None]), 1)
+        maximum = raised
+    tl.store(lse + (sequence * S + row) * H + head, (maximum + tl.log2(total)) * LN_2, mask=inside)
 
 
 @triton.jit(do_not_specialize=("first", "count"))

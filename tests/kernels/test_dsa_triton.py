@@ -212,25 +212,76 @@ def test_chunks(batch, queries, top_k):
     assert not list(by_key.chunks(batch, 0, top_k, 256))
 
 
+def placed(indices, order):
+    """For every chunk and key [B · S] the pairs, as flat positions in indices, in the order of the rows."""
+    _, S, K = indices.shape
+    result = []
+    for i, chunk in enumerate(order.chunks):
+        starts = order.starts[i * order.slots : (i + 1) * order.slots + 1 : order.runs].cpu()
+        at = torch.full((order.pairs,), -1)
+        pair = torch.arange(indices.numel()).view(indices.shape)[:, chunk]
+        there = (indices[:, chunk] >= 0).cpu()
+        at[order.position.cpu()[:, chunk][there].long()] = pair[there]
+        result.append([at[a:b].tolist() for a, b in (starts - starts[0]).unfold(0, 2, 1).tolist()])
+    return result
+
+
+def sorted_by_key(indices, chunks):
+    B, S, K = indices.shape
+    result = [[[] for _ in range(B * S)] for _ in chunks]
+    for chunk, keys in zip(chunks, result):
+        for b in range(B):
+            for s in range(S)[chunk]:
+                for k, key in enumerate(indices[b, s].tolist()):
+                    if key >= 0:
+                        keys[b * S + key].append((b * S + s) * K + k)
+    return result
+
+
+@pytest.mark.parametrize("most", [1, 1000, 10**9], ids=["chunks of a query", "some chunks", "one chunk"])
+@pytest.mark.parametrize("B, S, K", [(1, 1, 1), (2, 21, 3), (1, 40, 33), (2, 9, 12)])
+def test_order(interpreter, monkeypatch, B, S, K, most):
+    """Beside a plain loop: of each chunk, keys one after the other, and the pairs of a key by query."""
+    monkeypatch.setattr(by_key, "MOST_BYTES", most)
+    monkeypatch.setattr(by_key, "QUERIES", 3)
+    monkeypatch.setattr(by_key, "BLOCK", 32)
+    for runs in (5, 256):
+        monkeypatch.setattr(by_key, "RUNS", runs)
+        indices = drawn(B, S, 1, 16, 0, K)["indices"]
+        for given in (indices, turned_with_gaps(indices)):
+            order = by_key.Order(given, 8)
+            assert len(order.chunks) * order.runs <= runs
+            assert placed(indices, order) == sorted_by_key(indices, order.chunks)
+
+
+def test_order_is_within_its_bytes(interpreter, monkeypatch):
+    for most, (B, S, K) in ((10**9, (2, 40, 8)), (5000, (1, 300, 8)), (1, (1, 300, 8))):
+        monkeypatch.setattr(by_key, "MOST_BYTES", most)
+        order = by_key.Order(torch.full((B, S, K), -1, dtype=torch.int32), 32)
+        taken = order.pairs * 32 + order.position.nbytes + order.starts.nbytes
+        assert taken <= by_key.buffer_bytes(B * S, K, 32) + 4
+
+
 @pytest.mark.parametrize("width", [1, 24, 130])
-@pytest.mark.parametrize("S", [1, 6])
+@pytest.mark.parametrize("S", [1, 7])
 def test_sum_by_key(interpreter, monkeypatch, S, width):
-    """Beside a plain loop, with several tiles of rows to a key; rows of pairs without a key aren't read."""
+    """Beside a plain loop, with several tiles of rows to a key; rows behind a chunk's pairs aren't read."""
+    B, K = 2, 4
     monkeypatch.setattr(by_key, "TILE", 2 * 128)
-    B, C, K = 2, 9, 4
-    indices = torch.randint(-1, S, (B, C, K), dtype=torch.int32)
-    rows = torch.randint(-9, 10, (B * C * K, width)).half()
-    rows[indices.flatten() < 0] = NAN
-    pairs, starts = by_key.order(indices, S)
+    monkeypatch.setattr(by_key, "PARTS", 2)
+    monkeypatch.setattr(by_key, "MOST_BYTES", 5 * B * K * 2 * width)
+    indices = drawn(B, S, 1, 16, 0, K)["indices"]
+    order = by_key.Order(indices, 2 * width)
     total = torch.randint(-9, 10, (B, S, width)).float()
     expected = total.clone()
-    flat = indices.flatten().tolist()
-    for key in range(B * S):
-        mine = [p for p in range(B * C * K) if flat[p] >= 0 and p // (C * K) * S + flat[p] == key]
-        assert pairs[starts[key] : starts[key + 1]].tolist() == mine
-        for pair in mine:
-            expected.view(B * S, width)[key] += rows[pair]
-    by_key.add_rows(total, rows, pairs, starts)
+    for i, chunk in enumerate(order.chunks):
+        some = indices[:, chunk]
+        values = torch.randint(-9, 10, (*some.shape, width)).half()
+        rows = torch.full((order.pairs, width), NAN).half()
+        rows[order.position[:, chunk][some >= 0].long()] = values[some >= 0]
+        order.add_rows(total, rows, i)
+        for b, s, k in (some >= 0).nonzero().tolist():
+            expected[b, some[b, s, k]] += values[b, s, k]
     assert torch.equal(total, expected)
 
 

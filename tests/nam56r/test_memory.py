@@ -169,8 +169,14 @@ def test_available(monkeypatch):
 
 @pytest.mark.parametrize(
     ("settings", "kernels"),
-    [((), {}), (("mamba.mimo_rank=1",), {}), (("mamba.kind=mamba2",), {}), ((), {"mla_attention": "torch"})],
-    ids=["mimo", "siso", "mamba2", "expanded"],
+    [
+        ((), {}),
+        (("mamba.mimo_rank=1",), {}),
+        (("mamba.kind=mamba2",), {}),
+        ((), {"mla_attention": "torch"}),
+        (("dsa.ranks=[0, 1, 2]", "dsa.share_every=3"), {}),
+    ],
+    ids=["mimo", "siso", "mamba2", "expanded", "shared indices"],
 )
 def test_activations_are_what_the_model_keeps(settings, kernels):
     """Bytes that autograd saves in a forward of the real model, by layer, within a third of the estimate."""
@@ -286,7 +292,7 @@ def test_sparse_kernels_keep_and_take_for_themselves(batch, dtype):
     taken = []
     for width in (128, 64):
         longest = max(chunk.stop - chunk.start for chunk in by_key.chunks(batch, 4096, 256, width * dtype.itemsize))
-        rows = batch * longest * 256 * (width * dtype.itemsize + by_key.SORTING)
+        rows = batch * (longest * 256 * width * dtype.itemsize + 4 * 4096 * (256 + by_key.RUNS))  # positions, counters
         taken.append(batch * 4096 * width * 4 + rows)
     assert (plain.workspace, atomic.workspace) == (0, batch * 4096 * 128 * 4)
     assert ordered.workspace == pytest.approx(max(taken), rel=0.01)
@@ -440,6 +446,28 @@ def test_full_recompute_keeps_inputs_and_one_layer():
     assert over == {family: depth if family == "mtp" else 0 for family in counts}  # an MTP depth keeps most
     assert full.activations["head"] == none.activations["head"]
     assert (full.weights, full.logits) == (none.weights, none.logits)
+
+
+def test_shared_indices_are_kept_once_and_travel_between_stages():
+    """Layers 5, 21 and 37 compute them; the published layout has layer 29 in another segment than 21."""
+    recipe = NAM56R.with_overrides(["dsa.share_every=3"])
+    alone, shared, indices = planned(NAM56R), planned(recipe), 4096 * 256 * 4
+    indexer = 2 * (32 * 65 + 2 * 64) * 4096
+    assert {slot.kernels["indexer_kl_loss"] for slot in alone.slots if slot.role == "dsa"} == {"triton"}
+    fewer = kept(estimate(NAM56R, alone)) - kept(estimate(recipe, shared))
+    assert fewer == 6 * (indexer + indices + 4096 * 256 * 4)  # the loss's slopes
+    (plain,) = stages(NAM56R, alone, segments=halves(NAM56R, 52), recompute="full")
+    (full,) = stages(recipe, shared, segments=halves(recipe, 52), recompute="full")
+    assert kept(full) - kept(plain) == 3 * indices
+    four = {"segments": halves(recipe, 13, 13, 13, 13), "pipeline": 4, "recompute": "full"}
+    own, received = stages(NAM56R, alone, **four), stages(recipe, shared, **four)
+    # 5 in the first; 21 in the second, and what it received, which nobody uses; those of 21 in the third, once more apart, and 37
+    assert [(kept(b) - kept(a)) // indices for a, b in zip(own, received, strict=True)] == [1, 2, 3, 2]
+    apart = halves(recipe, 20, 16, 16)
+    own, received = (
+        stages(r, p, segments=apart, pipeline=3, recompute="full") for r, p in ((NAM56R, alone), (recipe, shared))
+    )
+    assert [(kept(b) - kept(a)) // indices for a, b in zip(own, received, strict=True)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
