@@ -2,7 +2,7 @@
 pipeline rank.
 
 An estimate to refuse with, not a measurement: it adds what lives through the step (weights, gradients, optimizer), what
-the forward keeps for the backward, and the largest workspaces of the loss and of a layer's backward. Activations are
+the forward keeps for the backward, and the largest workspaces of the loss and of a layer. Activations are
 counted per token as plain modules keep them; the history that a kernel keeps of its own is added where it runs.
 """
 
@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import torch
 
 from nam56r import parameters
-from nam56r.kernels.dsa import by_key
+from nam56r.kernels.dsa import by_key, cuda
 from nam56r.kernels.m2rnn.cuda import chunk_of, row_blocks
 from nam56r.kernels.registry import DEVICES, Device
 from nam56r.kernels.ssd.sizes import MAMBA2, MIMO, SISO, sizes_of
@@ -425,10 +425,11 @@ def _dsa(recipe: Recipe, plan: Plan, slot: Slot, element: int) -> float:
 
 
 def _workspace(recipe: Recipe, slot: Slot, tokens: float, element: int) -> int:
-    """Bytes that a layer's backward takes of its own: of sparse attention or of the indexer's loss the keys' gradient in
-    fp32, and where it is summed in one order, rows of gradient."""
+    """Bytes that a layer takes of its own: the indexer's lists in the forward; in the backward of sparse attention or of the
+    indexer's loss the keys' gradient in fp32, and where it is summed in one order, rows of gradient."""
     attention, loss = recipe.mla.kv_lora_rank + recipe.mla.qk_rope_head_dim, recipe.dsa.index_head_dim
-    most = 0
+    indexed = slot.kernels.get("index_top_k", "").startswith("cuda")
+    most = cuda.lists_bytes(int(tokens), recipe.dsa.top_k) if indexed else 0
     for operator, width in (("sparse_latent_attention", attention), ("indexer_kl_loss", loss)):
         if slot.role == "dsa" and slot.kernels.get(operator) in SPARSE:
             ordered = slot.kernels[operator] == SPARSE[0]

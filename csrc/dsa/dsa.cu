@@ -64,7 +64,7 @@ struct Request {
     int processors = 0;
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, q.get_device_index()));
     const int64_t pieces = int64_t(a.length + Sh::QUERIES - 1) / Sh::QUERIES * a.batch;
-    STD_TORCH_CHECK(pieces < (1 << 25), "dsa_index: B S must be below 2^27");
+    STD_TORCH_CHECK(int64_t(a.batch) * a.length < (1 << 30), "dsa_index: B S must be below 2^30");
     // of an even number of rounds, all blocks have long pieces and short ones alike
     const int64_t fitting = std::max<int64_t>(1, kLists / (int64_t(processors) * Sh::QUERIES * a.capacity * 8));
     const int64_t together = std::min<int64_t>(pieces, (fitting > 1 ? fitting / 2 * 2 : 1) * processors);

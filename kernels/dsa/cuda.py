@@ -18,8 +18,14 @@ from nam56r.kernels.registry import Problem
 DTYPES = (torch.bfloat16, torch.float16)
 DIMS = (32, 64, 128)
 HEADS, TOP_K = 128, 4096
+LISTS = 320 * 2**20  # bytes of a launch's lists
 MOST = 2**30  # queries and keys
 REGISTERED = extension.has("dsa_index_fp8")
+
+
+def lists_bytes(queries: int, top_k: int) -> int:
+    """About what the lists take: of all queries, or as many as a launch has; more where top_k is in the thousands."""
+    return min(8 * (6 * top_k + 512) * queries, LISTS)
 
 
 def index_top_k(q, k, weights, top_k, *, cu_seqlens):

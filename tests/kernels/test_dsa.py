@@ -10,7 +10,7 @@ import torch
 from nam56r.kernels.dsa import index_top_k, indexer_kl_loss, reference, sparse_latent_attention
 from nam56r.kernels.dsa.status import nan_scores
 from nam56r.kernels.mla import latent_attention
-from nam56r.kernels.registry import DEVICES, NoKernel, Problem, Spec, select
+from nam56r.kernels.registry import DEVICES, NoKernel, Problem, Spec, candidates, select
 from nam56r.kernels.testing import outputs_and_gradients, same_bits
 
 NAN, INF = math.nan, math.inf
@@ -319,6 +319,37 @@ def test_selection_without_a_device():
         assert select(problem, name).name == "reference"
     with pytest.raises(NoKernel, match="a100.*development kernel"):
         select(problem)
+
+
+def test_fp8_is_never_taken_without_its_name():
+    (fp8,) = (kernel for kernel in candidates("index_top_k") if kernel.name == "cuda_fp8")
+    q = Spec((1, 64, 4, 64), torch.bfloat16)
+    problem = Problem.of("index_top_k", DEVICES["h200"], q=q, k=q, weights=q, top_k=16, cu_seqlens=None)
+    also = set(fp8.reasons(problem, by_name=False)) - set(fp8.reasons(problem, by_name=True))
+    assert also == {"its inputs are rounded to fewer bits: it runs only when asked for by name (index_top_k=cuda_fp8)"}
+
+
+def test_rounded_to_e4m3():
+    """The nearest of all numbers that e4m3 has, times the least power of two that keeps a row within 448."""
+    e4m3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    e4m3 = e4m3[e4m3.isfinite()].unique()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 16, generator=generator) * 2.0 ** torch.randint(-90, 90, (40, 1), generator=generator)
+    x[0], x[1, 1:], x[2, 0], x[3, 0] = 0, 0, 448 * 2.0**7, 449 * 2.0**7
+    x[2, 1:], x[3, 1:] = 1.0, 1.0
+    rounded = reference.rounded_to_e4m3(x)
+    for row, found in zip(x.double(), rounded.double()):
+        scale = 1.0
+        while row.abs().max() > 448 * scale:
+            scale *= 2
+        while 0 < row.abs().max() <= 224 * scale:
+            scale /= 2
+        off = (found[:, None] / scale - e4m3).abs().amin(-1)
+        nearest = (row[:, None] / scale - e4m3).abs().amin(-1)
+        assert not off.any() and torch.equal((row / scale - found / scale).abs(), nearest)
+    for odd in (math.inf, -math.inf, math.nan):
+        x[5, 3] = odd
+        assert reference.rounded_to_e4m3(x)[5].isnan().all() and reference.rounded_to_e4m3(x)[4].isfinite().all()
 
 
 def test_refusals_name_the_argument():

@@ -7,7 +7,6 @@ import torch
 
 from nam56r.kernels.dsa import index_top_k, reference
 from nam56r.kernels.dsa.status import nan_scores
-from nam56r.kernels.registry import Problem, candidates
 
 # kernel -> q and k as it takes them, and what its sums may lose of a row's highest score
 KERNELS = {"cuda": (lambda x: x, 1e-5), "cuda_fp8": (reference.rounded_to_e4m3, 2e-3)}
@@ -176,11 +175,3 @@ def test_registered_right(name):
 def test_nothing_in_nothing_out(kernel):
     for shape in ((0, 4), (2, 0)):
         assert index_top_k(*draw(*shape, 4, 64), 3, kernel=kernel).shape == (*shape, 3)
-
-
-def test_fp8_is_never_taken_without_its_name():
-    q, k, weights = draw(1, 65, 4, 64)
-    problem = Problem.of("index_top_k", q=q, k=k, weights=weights, top_k=16, cu_seqlens=None)
-    (fp8,) = (one for one in candidates("index_top_k") if one.name == "cuda_fp8")
-    assert not fp8.reasons(problem, by_name=True)
-    assert "its inputs are rounded to fewer bits" in fp8.reasons(problem, by_name=False)[0]

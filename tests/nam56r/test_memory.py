@@ -297,6 +297,10 @@ def test_sparse_kernels_keep_and_take_for_themselves(batch, dtype):
     assert (plain.workspace, atomic.workspace) == (0, batch * 4096 * 128 * 4)
     assert ordered.workspace == pytest.approx(max(taken), rel=0.01)
     assert ordered.total - plain.total > ordered.workspace
+    indexed = estimated(index_top_k="cuda").workspace
+    assert (
+        indexed == estimated(index_top_k="cuda_fp8").workspace == min(8 * (6 * 256 + 512) * 4096 * batch, 320 * 2**20)
+    )
 
 
 @contextmanager
