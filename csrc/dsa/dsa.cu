@@ -126,7 +126,7 @@ Tensor dsa_index_fp8(Tensor q, Tensor k, Tensor weights, int64_t top_k, std::opt
   Request request(q, top_k, cu_seqlens, status);
   if (request.indices.numel() == 0) return request.indices;
   const int64_t batch = q.size(0), length = q.size(1), heads = q.size(2), d = q.size(3);
-  const Tensor q_ = dense(q), k_ = dense(k), weights_ = dense(weights);
+  const Tensor q_ = dense(mappable(q)), k_ = dense(mappable(k)), weights_ = dense(weights);  // on 16 bytes, too
   const auto with_dim = [&](auto dim) {
     constexpr int D = decltype(dim)::value, PACK = 128 / D;
     const int64_t padded = (heads + PACK - 1) / PACK * PACK, columns = padded * D / 2;

@@ -162,6 +162,9 @@ def test_any_strides(kernel):
     padded = torch.nn.functional.pad(q, (0, 8))[..., :64], torch.nn.functional.pad(k, (0, 3))[..., :64], weights.float()
     for x in (strided, padded):
         assert not x[0].is_contiguous() and torch.equal(index_top_k(*x, 40, kernel=kernel), wanted)
+    shifted = [torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape) for t in (q, k)]
+    assert all(t.is_contiguous() and t.data_ptr() % 16 for t in shifted)
+    assert torch.equal(index_top_k(*shifted, weights, 40, kernel=kernel), wanted)
 
 
 @pytest.mark.parametrize("name", ["dsa_index", "dsa_index_fp8"])
