@@ -123,11 +123,12 @@ def rank_kernel(
             k = tl.max_contiguous(k, 1)
             inside = (k < K) & (first + i < end * blocks)
             key = tl.load(indices + s * indices_at[1] + k.to(tl.int64) * indices_at[2], mask=inside, other=-1)
-            asked = asked + ((s * K + k, key.to(tl.int64)),)
+            asked = asked + ((s * K + k, key.to(tl.int64)),)  # type: ignore[assignment]
         told = ()
         for i in tl.static_range(STEPS):
             key = asked[i][1]
-            told = told + (tl.atomic_add(counters + key * runs, 1, mask=key >= 0, sem="relaxed"),)
+            before = tl.atomic_add(counters + key * runs, 1, mask=key >= 0, sem="relaxed")
+            told = told + (before,)  # type: ignore[assignment]
             tl.debug_barrier()
         for i in tl.static_range(STEPS):
             tl.store(rank + asked[i][0], told[i], mask=asked[i][1] >= 0)
@@ -172,7 +173,8 @@ def add_rows_kernel(
             for part in tl.static_range(PARTS):
                 ahead = i + part * ROWS
                 mask = (row + ahead < end - start) & (d < D)[None, :]
-                tiles = tiles + (tl.load(of_key + ahead.to(tl.int64) * D, mask=mask, other=0.0),)
+                tile = tl.load(of_key + ahead.to(tl.int64) * D, mask=mask, other=0.0)
+                tiles = tiles + (tile,)  # type: ignore[assignment]
             for part in tl.static_range(PARTS):
                 result += tiles[part].to(tl.float32)
         at = total + key * D + d
