@@ -203,7 +203,7 @@ class Recipe(Frozen):
 
         Raises ValueError of one line; an unknown key is answered with the nearest one.
         """
-        values = self.model_dump()
+        values, known = self.model_dump(), _flat(self.model_dump())
         for said, key, value in records.assignments("--set", settings, "mla.kv_lora_rank=32"):
             *sections, last = key.split(".")
             target: Any = values
@@ -211,9 +211,9 @@ class Recipe(Frozen):
                 target = target.get(section) if isinstance(target, dict) else None
             if not isinstance(target, dict) or (last not in target and sections != ["features"]):
                 raise ValueError(f"{said}: {records.unknown(Recipe, key)}")
-            if isinstance(target.get(last), dict) and last != "features":
-                keys = ", ".join(f"{key}.{name}" for name in target[last])
-                raise ValueError(f"{said}: {key} is a section: set one of {keys}")
+            inside = [name for name in known if name.startswith(f"{key}.")]
+            if inside and key != "features":
+                raise ValueError(f"{said}: {key} is a section: set one of {', '.join(inside)}")
             target[last] = value
         return Recipe(**values)
 

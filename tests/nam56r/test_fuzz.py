@@ -4,7 +4,7 @@ import time
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -96,6 +96,7 @@ def test_any_values_are_a_recipe_or_one_line(tmp_path, values):
         max_size=3,
     )
 )
+@example(["depth=? \xa0", "depth="])  # a section of one unprintable key, until the second
 def test_any_override_is_a_recipe_or_one_line(overrides):
     answer(lambda: TINY.with_overrides(overrides))
 
