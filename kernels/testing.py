@@ -123,6 +123,34 @@ def same_bits(run: Callable[..., Any], inputs: Mapping[str, Any], times: int = 3
         assert all(torch.equal(a, b) for a, b in zip(first, now, strict=True)), "not the same bits twice"
 
 
+def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of step(), which has run before it on a stream of its own, and what step gave while it was captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        given = step()
+    return graph, given
+
+
+def compiles(
+    run: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    *,
+    backend: str = "inductor",
+    eager: Callable[..., Any] | None = None,
+) -> None:
+    """Assert that torch.compile takes run as one graph, with the outputs and gradients of eager (or run) to the bit."""
+    torch._dynamo.reset()
+    traced = torch.compile(run, backend=backend, fullgraph=True)
+    got, want = outputs_and_gradients(traced, inputs, None), outputs_and_gradients(eager or run, inputs, None)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
 def replays(run: Callable[..., Any], make_inputs: Callable[[int], Mapping[str, Any]]) -> None:
     """Assert that forward and backward can be captured in a CUDA graph and replayed with other inputs.
 
@@ -140,15 +168,7 @@ def replays(run: Callable[..., Any], make_inputs: Callable[[int], Mapping[str, A
         gradients = torch.autograd.grad([t for t, _ in pairs], leaves, [w for _, w in pairs], allow_unused=True)
         return outputs, gradients
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs, gradients = step()
+    graph, (outputs, gradients) = captured(step)
     for mine, theirs in zip(flatten(list(static.values())), flatten(list(other.values())), strict=True):
         mine.data.copy_(theirs.data)
     graph.replay()

@@ -51,7 +51,7 @@ class Held:
 @dataclass(frozen=True)
 class Estimate:
     """Bytes on one device. by_family has every name of `parameters.FAMILIES`; logits is the loss's share; workspace is
-    the most that one layer's backward takes and gives back."""
+    the most that one layer takes and gives back."""
 
     by_family: dict[str, Held]
     logits: int
@@ -249,7 +249,7 @@ def _check_layout(recipe: Recipe, segments: Sequence[Sequence[int]], recompute: 
 @dataclass(frozen=True)
 class _Chunk:
     """One segment: parameters and, for one microbatch, bytes kept, by family; the working set of a recomputed layer; the
-    most that a layer's backward takes for itself."""
+    most that a layer takes for itself."""
 
     parameters: dict[str, tuple[int, int]]
     kept: dict[str, int]

@@ -179,10 +179,9 @@ def kernels_named(settings: Iterable[str]) -> dict[str, str]:
 def _index_sharing(recipe: Recipe) -> Iterator[str]:
     """Whose indices the sparse layers use, where some use another's."""
     if recipe.shares_indices:
-        users: dict[int, list[str]] = {}
-        for layer, source in recipe.index_sources.items():
-            users.setdefault(source, []).extend([str(layer)] if layer != source else [])
-        shared = "; ".join(f"{source} for {', '.join(by)}" for source, by in users.items() if by)
+        sources = recipe.index_sources.items()
+        users = {own: [str(layer) for layer, of in sources if of == own != layer] for own in recipe.indexer_layers}
+        shared = "; ".join(f"{own} for {', '.join(by)}" for own, by in users.items() if by)
         yield f"dsa: {named(recipe.indexer_layers)} compute indices, and the sparse layers between use them: {shared}"
 
 

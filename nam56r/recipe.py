@@ -203,7 +203,8 @@ class Recipe(Frozen):
 
         Raises ValueError of one line; an unknown key is answered with the nearest one.
         """
-        values, known = self.model_dump(), _flat(self.model_dump())
+        values = self.model_dump()
+        known = _flat(values)
         for said, key, value in records.assignments("--set", settings, "mla.kv_lora_rank=32"):
             *sections, last = key.split(".")
             target: Any = values

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 
 #include "dsa/index.cuh"
 #include "dsa/quantise.cuh"
@@ -43,11 +42,11 @@ void with_room(int64_t heads, F f) {
 // What doesn't depend on how queries and keys are written down.
 struct Request {
   const Tensor& q;
-  Tensor cu_seqlens, status, indices;
+  Tensor cu_seqlens, indices;
   Arguments a{};
 
   Request(const Tensor& q, int64_t top_k, const std::optional<Tensor>& cu_seqlens_, Tensor& status)
-      : q(q), status(status), indices(torch::stable::new_empty(q, {q.size(0), q.size(1), top_k}, ScalarType::Int)) {
+      : q(q), indices(torch::stable::new_empty(q, {q.size(0), q.size(1), top_k}, ScalarType::Int)) {
     if (cu_seqlens_) {
       cu_seqlens = dense(*cu_seqlens_);
       a.cu = static_cast<const int*>(cu_seqlens.const_data_ptr()), a.sequences = int(cu_seqlens.size(0)) - 1;
@@ -128,7 +127,7 @@ Tensor dsa_index_fp8(Tensor q, Tensor k, Tensor weights, int64_t top_k, std::opt
   const int64_t batch = q.size(0), length = q.size(1), heads = q.size(2), d = q.size(3);
   const Tensor q_ = dense(mappable(q)), k_ = dense(mappable(k)), weights_ = dense(weights);  // on 16 bytes, too
   const auto with_dim = [&](auto dim) {
-    constexpr int D = decltype(dim)::value, PACK = 128 / D;
+    constexpr int D = decltype(dim){}, PACK = 128 / D;
     const int64_t padded = (heads + PACK - 1) / PACK * PACK, columns = padded * D / 2;
     Tensor q_rows = torch::stable::new_empty(q, {batch, length, padded, D}, ScalarType::Byte);
     Tensor k_rows = torch::stable::new_empty(q, {batch, length, D}, ScalarType::Byte);
@@ -144,9 +143,9 @@ Tensor dsa_index_fp8(Tensor q, Tensor k, Tensor weights, int64_t top_k, std::opt
                                    k_rows.const_data_ptr(), D / 2, {D / 2, length * D / 2, 0});
     });
   };
-  if (d == 32) with_dim(std::integral_constant<int, 32>{});
-  else if (d == 64) with_dim(std::integral_constant<int, 64>{});
-  else if (d == 128) with_dim(std::integral_constant<int, 128>{});
+  if (d == 32) with_dim(Int<32>{});
+  else if (d == 64) with_dim(Int<64>{});
+  else if (d == 128) with_dim(Int<128>{});
   else STD_TORCH_CHECK(false, "dsa_index_fp8: no kernel for heads of ", d);
   return request.indices;
 }

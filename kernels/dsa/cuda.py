@@ -18,7 +18,7 @@ from nam56r.kernels.registry import Problem
 DTYPES = (torch.bfloat16, torch.float16)
 DIMS = (32, 64, 128)
 HEADS, TOP_K = 128, 4096
-LISTS = 320 * 2**20  # bytes of a launch's lists
+LISTS = 320 * 2**20  # bytes of a launch's lists: kLists of csrc/dsa/dsa.cu
 MOST = 2**30  # queries and keys
 REGISTERED = extension.has("dsa_index_fp8")
 

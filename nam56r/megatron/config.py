@@ -162,7 +162,7 @@ def transformer_config(
         moe_token_dispatcher_type="allgather" if cpu else "alltoall",
     )
     config = Config(recipe=recipe, plan=plan, **(model_values(recipe) | OUR_VALUES | placement | overrides))
-    config.index_columns = columns(recipe, layout, config.pipeline_model_parallel_size, config.pipeline_dtype)
+    config.index_columns = _index_columns(config, layout)
     return config
 
 
@@ -190,9 +190,12 @@ def complete(
     if not stock:
         for name, value in OUR_VALUES.items():
             setattr(config, name, value)
-        config.index_columns = columns(
-            recipe, layout, config.pipeline_model_parallel_size, config.pipeline_dtype or config.params_dtype
-        )
+        config.index_columns = _index_columns(config, layout)
+
+
+def _index_columns(config: Config, layout: str) -> int:
+    dtype = config.pipeline_dtype or config.params_dtype
+    return columns(recipe_of(config), layout, config.pipeline_model_parallel_size, dtype)
 
 
 def _disagreements(config: TransformerConfig, recipe: Recipe, stock: bool) -> Iterator[str]:

@@ -28,9 +28,9 @@ def stopping(training_log: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.training import get_args
 
         report = training_log(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **named)
-        device = torch.empty(0, device=torch.cuda.current_device()).device
-        if iteration % get_args().log_interval == 0 and on_any_rank(device):
-            raise RuntimeError(f"{MESSAGE}, in one of the last {get_args().log_interval} iterations")
+        interval = get_args().log_interval
+        if iteration % interval == 0 and on_any_rank(torch.empty(0, device=torch.cuda.current_device()).device):
+            raise RuntimeError(f"{MESSAGE}, in one of the last {interval} iterations")
         return report
 
     return log

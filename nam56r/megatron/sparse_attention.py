@@ -28,6 +28,12 @@ from nam56r.kernels.dsa import index_top_k, indexer_kl_loss, sparse_latent_atten
 from nam56r.megatron.attention import awaited, cu_seqlens_of, swap_down_projections
 
 
+def index_sources(config: Any) -> dict[int, int]:
+    """`Recipe.index_sources` of the configuration's recipe; without one, none: every layer computes its own."""
+    recipe = getattr(config, "recipe", None)
+    return {} if recipe is None else recipe.index_sources
+
+
 class SparseLayer(TransformerLayer):
     """A D slot: norm, `SparseAttention` and residual, with indices as Megatron's `context`.
 
@@ -37,8 +43,7 @@ class SparseLayer(TransformerLayer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        recipe = getattr(self.config, "recipe", None)
-        sources = recipe.index_sources if recipe is not None else {}
+        sources = index_sources(self.config)
         own = sources.get(self.layer_number)
         self.hands_on = any(layer > self.layer_number and source == own for layer, source in sources.items())
 
@@ -126,9 +131,7 @@ class SparseCore(MegatronModule):
         # Megatron builds the core twice, and knows the scale the second time only
         self.layer_number, self.scale, self.value_dim = layer_number, softmax_scale, config.kv_lora_rank
         self.pg_collection = pg_collection
-        recipe = getattr(config, "recipe", None)
-        sources = recipe.index_sources if recipe is not None else {}
-        self.source = sources.get(layer_number, layer_number)
+        self.source = index_sources(config).get(layer_number, layer_number)
         if self.source == layer_number:
             self.indexer = build_module(submodules.indexer, config=config, pg_collection=pg_collection)
 

@@ -26,7 +26,7 @@ from megatron.core.utils import make_viewless_tensor
 from nam56r.megatron import stage_tensor
 from nam56r.megatron.config import Config
 from nam56r.megatron.norm import RMSNorm
-from nam56r.megatron.sparse_attention import SparseLayer
+from nam56r.megatron.sparse_attention import SparseLayer, index_sources
 
 
 @dataclass
@@ -90,9 +90,9 @@ class Stack(HybridStack):
             name=name,
             **{key: value for key, value in rest.items() if key in ("pre_process", "device", "dtype")},
         )
-        plan, recipe = getattr(config, "plan", None), getattr(config, "recipe", None)
-        self.shares_indices = recipe is not None and recipe.shares_indices and not is_mtp_layer
-        sources = recipe.index_sources if self.shares_indices else {}
+        plan = getattr(config, "plan", None)
+        sources = {} if is_mtp_layer else index_sources(config)
+        self.shares_indices = any(layer != source for layer, source in sources.items())
         # those of an earlier stage, which this one uses or a later one
         self.takes_indices = any(source <= pp_layer_offset < layer for layer, source in sources.items())
         if self.shares_indices and (faults := [*_unserved(config, self.takes_indices)]):

@@ -7,7 +7,7 @@ import torch
 
 from nam56r.kernels.dsa import by_key, index_top_k, indexer_kl_loss, reference, triton_loss
 from nam56r.kernels.registry import DEVICES, Device, Problem, Spec, select
-from nam56r.kernels.testing import agree, outputs_and_gradients, replays, same_bits
+from nam56r.kernels.testing import agree, compiles, outputs_and_gradients, replays, same_bits
 
 gpu = pytest.mark.gpu
 NAN = float("nan")
@@ -255,10 +255,7 @@ def test_in_one_graph(interpreter, dense):
     """The kernel's own function: the operator's check of indices reads them on a CPU."""
     x = inputs((1, 3, 1, 16, 1, 16, 2), dense)
     check_operators(x)
-    torch._dynamo.reset()
-    compiled = torch.compile(partial(triton_loss.indexer_kl_loss, scale=SCALE), backend="aot_eager", fullgraph=True)
-    got, want = outputs_and_gradients(compiled, x, None), outputs_and_gradients(run, x, None)
-    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    compiles(partial(triton_loss.indexer_kl_loss, scale=SCALE), x, backend="aot_eager", eager=run)
 
 
 def problem(device, shape=(1, 4096, 32, 128, 32, 64, 256), dtype=torch.bfloat16, dense=False, lse=True):
@@ -394,10 +391,7 @@ def test_gpu_any_chunks_give_the_same(monkeypatch, dense, poisoned):
 def test_gpu_in_one_graph(dense):
     x = on_gpu(GPU_SHAPES[0], dense)
     check_operators(x)
-    torch._dynamo.reset()
-    compiled = torch.compile(run, fullgraph=True)
-    got, want = outputs_and_gradients(compiled, x, None), outputs_and_gradients(run, x, None)
-    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    compiles(run, x)
 
 
 @gpu

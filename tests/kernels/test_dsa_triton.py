@@ -8,7 +8,7 @@ import torch
 from nam56r.kernels.dsa import by_key, index_top_k, reference, sparse_latent_attention
 from nam56r.kernels.dsa import triton as kernels
 from nam56r.kernels.registry import DEVICES, Device, NoKernel, Problem, Spec, select
-from nam56r.kernels.testing import agree, outputs_and_gradients, replays, same_bits
+from nam56r.kernels.testing import agree, compiles, outputs_and_gradients, replays, same_bits
 
 gpu = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -298,11 +298,7 @@ def check_operators(x, value_dim):
 def test_in_one_graph(interpreter):
     x = drawn(1, 3, 1, 16, 16, 2)
     check_operators(x, 16)
-    torch._dynamo.reset()
-    run = partial(kernels.sparse_latent_attention, value_dim=16, scale=0.2)
-    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
-    got, want = outputs_and_gradients(compiled, x, None), outputs_and_gradients(run, x, None)
-    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    compiles(partial(kernels.sparse_latent_attention, value_dim=16, scale=0.2), x, backend="aot_eager")
 
 
 def problem(device, latent, rope, dtype=torch.bfloat16, H=32, S=4096, K=256):
@@ -420,12 +416,7 @@ def test_gpu_repeats_and_replays(shape, several, monkeypatch, poisoned):
 def test_gpu_in_one_graph(shape):
     x = drawn(*shape, torch.bfloat16, "cuda")
     check_operators(x, shape[3])
-    run = partial(sparse_latent_attention, value_dim=shape[3], scale=0.1, kernel="triton")
-    torch._dynamo.reset()
-    compiled = torch.compile(run, fullgraph=True)
-    torch.testing.assert_close(
-        outputs_and_gradients(compiled, x, None), outputs_and_gradients(run, x, None), rtol=0, atol=0
-    )
+    compiles(partial(sparse_latent_attention, value_dim=shape[3], scale=0.1, kernel="triton"), x)
 
 
 @gpu

@@ -9,7 +9,7 @@ import torch
 
 from nam56r.kernels.dsa.status import nan_scores
 from nam56r.kernels.registry import Device
-from nam56r.kernels.testing import replays
+from nam56r.kernels.testing import captured, replays
 from nam56r.plan import make_plan
 from nam56r.problems import ATTENTION
 from tests.nam56r.layers import drawn
@@ -49,15 +49,16 @@ def engine(device, recipe, **kernels):
     return Engine(model, Schedule(steps=20, lr=1e-3, min_lr=1e-4), device)
 
 
-def steps(engine, recipe, numbers):
-    def batches(number):
-        generator = torch.Generator().manual_seed(number)
-        tokens = torch.randint(recipe.vocab_size, (2, recipe.seq_length + 1), generator=generator)
-        mask = torch.ones(2, recipe.seq_length)
-        positions = torch.arange(recipe.seq_length).expand(2, -1)
-        yield {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "position_ids": positions, "loss_mask": mask}
+def batch(recipe, number):
+    generator = torch.Generator().manual_seed(number)
+    tokens = torch.randint(recipe.vocab_size, (2, recipe.seq_length + 1), generator=generator)
+    mask = torch.ones(2, recipe.seq_length)
+    positions = torch.arange(recipe.seq_length).expand(2, -1)
+    return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "position_ids": positions, "loss_mask": mask}
 
-    return [engine.step(batches(number), 1).lm_loss for number in numbers]
+
+def steps(engine, recipe, numbers):
+    return [engine.step(iter([batch(recipe, number)]), 1).lm_loss for number in numbers]
 
 
 def optimizer_tensors(engine):
@@ -239,13 +240,7 @@ def test_sparse_attention_in_a_graph(groups, loss_scale):
     wanted = [run_sparse(layers, *rows(groups, seed)) for seed in (1, 11)]
     assert not torch.equal(wanted[0]["out"], wanted[1]["out"]) and all(w["loss"] > 0 for w in wanted)
     x, d = rows(groups, 1)
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run_sparse(layers, x, d)
-    torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph):
-        found = run_sparse(layers, x, d)
+    graph, found = captured(lambda: run_sparse(layers, x, d))
 
     def replay(new_x, new_d):
         x.data.copy_(new_x.data)
@@ -272,22 +267,15 @@ def test_a_training_step_waits_at_its_log_point_only(groups):
     recipe = at_the_recipes_dims(small_recipe, *settings.split())
     one = engine(groups, recipe, **SPARSE)
     steps(one, recipe, range(2))
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(recipe.vocab_size, (2, recipe.seq_length + 1), generator=generator).to(groups)
-    batch = {
-        "tokens": tokens[:, :-1],
-        "labels": tokens[:, 1:],
-        "position_ids": torch.arange(recipe.seq_length, device=groups).expand(2, -1),
-        "loss_mask": torch.ones(2, recipe.seq_length, device=groups),
-    }
+    there = {name: tensor.to(groups) for name, tensor in batch(recipe, 3).items()}
     one.ddp.zero_grad_buffer()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        one._cuda_pass(iter([batch]), 1)
+        one._cuda_pass(iter([there]), 1)
         torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            one.step(iter([batch]), 1)
+            one.step(iter([there]), 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     waits = {"/".join(Path(w.filename).parts[-3:]) for w in caught if "synchroniz" in str(w.message)}
